@@ -1,0 +1,46 @@
+# Eight targets at most. `make demo` and `make test` need nothing but git, make and Python 3.11 to 3.13 with venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CONSTRAINTS := requirements/constraints.txt
+STAMP := $(VENV)/.installed
+DEMO_STATE ?= .demo
+
+.PHONY: help setup demo lab test check bench crash
+.DEFAULT_GOAL := help
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
+		|| grep -hE '^[a-z]+:.*## ' Makefile
+
+setup: $(STAMP) ## Make .venv with pinned versions, without CUDA
+
+$(STAMP): pyproject.toml $(CONSTRAINTS) requirements/install.py
+	@PYTHON="$(PYTHON)" $(PYTHON) requirements/install.py "$(VENV)" "$(CONSTRAINTS)"
+	@touch $@
+
+demo: $(STAMP) ## Run the whole thing: two hospitals, private training through a remote kernel
+	@$(BIN)/cloister demo --state "$(DEMO_STATE)"
+
+lab: $(STAMP) ## Open the demo in JupyterLab
+	@$(BIN)/cloister demo --lab --state "$(DEMO_STATE)"
+
+test: check ## Everything: the checks, then the tests
+	$(BIN)/python -m pytest
+
+check: $(STAMP) ## Lint, formatting, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP) ## Run every benchmark
+	@found=0; for file in $$(grep -l __main__ tests/benchmarks/*.py 2>/dev/null); do \
+		found=1; \
+		$(BIN)/python -m "tests.benchmarks.$$(basename "$$file" .py)" || exit 1; \
+	done; [ $$found = 1 ] || echo "There are no benchmarks yet."
+
+crash: $(STAMP) ## Kill a guard 500 times on each database, and check the accounts after each
+	CLOISTER_KILLS=500 $(BIN)/python -m pytest tests/cloister_budget/test_crash.py

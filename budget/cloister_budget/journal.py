@@ -1,0 +1,155 @@
+"""The guard's pen: no leaf is written that the guard's own books, kept from the log alone, don't admit.
+
+The database is trusted to be there, not to be right. Whoever edits its rows (less spent, a higher limit, an older
+policy, another owner's key) can't edit the books in this process, which follow from the leaves; what the ledger then
+admits and the books don't is never written, and nothing is computed or released for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+from sqlalchemy import event, select
+from sqlalchemy.orm import Session
+
+from cloister_budget import merkle
+from cloister_budget.books import Books, BooksError
+from cloister_budget.entries import Entry, LeafBody
+from cloister_budget.log import AuditLog, reader, size
+from cloister_budget.names import NameKind, Names
+from cloister_budget.tables import Leaf, LogHead
+from cloister_data.checkpoint import CheckpointError, verify_checkpoint
+from cloister_data.errors import StorageError
+
+_DRAFT = "cloister_books"
+"""Under this name a session knows the books as its transaction's leaves leave them."""
+
+READ_AT_ONCE = 1000
+TOLD_EVERY = 50_000
+
+
+class Journal:
+    """Appends entries to the audit log, in the caller's transaction. Usable from several threads."""
+
+    def __init__(self, log: AuditLog) -> None:
+        self.log = log
+        self._names = Names()
+        self._books = Books()
+        # Over the same leaves as the books, hashed here: the stored hashes are the database's word.
+        self._tree = merkle.Growing()
+        self._lock = threading.Lock()
+
+    def ref(self, s: Session, kind: NameKind, name: str) -> str:
+        """How leaves call this user, dataset, population or account."""
+        return self._names.ref(s, kind, name)
+
+    def open(self, s: Session, told: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Read the whole log, once, before anything is appended. `told` hears now and then (leaves done, of so many).
+
+        Raises StorageError where a leaf was changed, or doesn't follow from those before it, or no guard signed for it.
+        """
+        with self._lock:
+            self._catch_up(s, size(s), told)
+
+    def last_key(self, s: Session) -> str | None:
+        """The log key (hex) of the last start in the log, for the next one to go on from. Raises as `open` does."""
+        with self._lock:
+            self._catch_up(s, size(s))
+            return self._books.log_keys[-1] if self._books.log_keys else None
+
+    def append(self, s: Session, entry: Entry) -> int:
+        """Add a leaf; answers its index. As `AuditLog.append`: last in the transaction, and gone with it.
+
+        Raises StorageError where the books don't admit it: the database isn't what this cloister wrote.
+        """
+        added = self.log.add(s, entry.kind, entry)
+        draft: _Draft = s.info.get(_DRAFT) or self._begin(s, added.index)
+        try:
+            draft.books.apply(LeafBody(index=added.index, at=added.at, facts=entry))
+        except BooksError as error:
+            raise _edited(error.why) from error
+        draft.hashes.append(added.hash)
+        return added.index
+
+    def _begin(self, s: Session, index: int) -> _Draft:
+        """A draft over the books up to `index`. The log's lock is held: nobody appends meanwhile."""
+        with self._lock:
+            # Another guard's leaves, or another transaction's of this one that has just committed.
+            self._catch_up(s, index)
+            draft = s.info[_DRAFT] = _Draft(self._books.draft(), [])
+
+        def after_commit(session: Session) -> None:
+            session.info.pop(_DRAFT, None)
+            with self._lock:
+                # Another transaction may have read this one's leaves already.
+                if self._books.size == index:
+                    self._books.take(draft.books)
+                    for leaf in draft.hashes:
+                        self._tree.add(leaf)
+
+        event.listen(s, "after_commit", after_commit, once=True)
+        return draft
+
+    def _catch_up(self, s: Session, end: int, told: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Read the stored leaves from where the books end up to `end`, and see that a guard signed for all of them."""
+        if self._books.size >= end:
+            return
+        try:
+            self._read_up_to(s, end, told)
+            self._check_head(s)
+        except BaseException:
+            # What was read is not to be believed, or not all of it: the next one to ask reads everything anew.
+            self._books, self._tree = Books(), merkle.Growing()
+            raise
+
+    def _read_up_to(self, s: Session, end: int, told: Callable[[int, int], None]) -> None:
+        while (start := self._books.size) < end:
+            wanted = select(Leaf.payload).where(Leaf.index >= start, Leaf.index < end).order_by(Leaf.index)
+            for payload in s.scalars(wanted.limit(READ_AT_ONCE)).all():
+                self._read(payload)
+            if self._books.size == start:
+                raise _edited("Entries are missing.")
+            if self._books.size // TOLD_EVERY > start // TOLD_EVERY:
+                told(self._books.size, end)
+
+    def _read(self, payload: bytes) -> None:
+        try:
+            self._books.apply(LeafBody.from_json(payload))
+        except ValidationError as error:
+            raise _edited(f"Entry {self._books.size} can't be read.") from error
+        except BooksError as error:
+            raise _edited(f"{error.what} {error.why}") from error
+        self._tree.add(merkle.leaf_hash(payload))
+
+    def _check_head(self, s: Session) -> None:
+        """That a guard of this log signed for exactly the leaves that were read, and that the stored tree is theirs."""
+        head = s.get(LogHead, 1, populate_existing=True)
+        read = (self._tree.size, self._tree.root())
+        if merkle.root(self._tree.size, reader(s)) != read[1]:
+            raise _edited("Its entries don't make up its tree.")
+        for key in reversed(self._books.log_keys):
+            with contextlib.suppress(CheckpointError):
+                found = verify_checkpoint(head.note if head else "", bytes.fromhex(key))
+                if (found.size, found.root) == read:
+                    return
+        raise _edited("Its last entries are not signed for by a guard of this log.")
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """What a transaction has appended: the books after it, and its leaves' hashes (32 bytes each)."""
+
+    books: Books
+    hashes: list[bytes]
+
+
+def _edited(why: str) -> StorageError:
+    return StorageError(
+        "The database isn't what this cloister's audit log says.",
+        why=why,
+        next_step="Nothing was done. Stop the cloister, and let the admin compare the log with its last checkpoint.",
+    )

@@ -1,0 +1,219 @@
+"""The audit log: an append-only Merkle tree in the database, and signed checkpoints over it."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from sqlalchemy import Executable, and_, bindparam, event, func, insert, or_, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from cloister_budget import merkle
+from cloister_budget.entries import MAX_PAYLOAD_BYTES
+from cloister_budget.statements import Statement
+from cloister_budget.tables import Leaf, LogHash, LogHead
+from cloister_data.base import Wire
+from cloister_data.checkpoint import Checkpoint, check_origin, sign_checkpoint
+from cloister_data.errors import StorageError
+
+LOG_LOCK = 0x436C6F69_02
+"""Key of the PostgreSQL advisory lock under which leaves are appended; it is held until the transaction ends."""
+
+COARSE_SECONDS = 60
+"""A leaf's time is rounded down to this: finer times would tell how long a job took."""
+
+_EDGE = "cloister_log_edge"
+"""Under this name a session knows the log's edge as its transaction has left it."""
+
+_LOCK = Statement(lambda _: select(func.pg_advisory_xact_lock(bindparam("key"))))
+_LAST = Statement(lambda _: select(func.max(Leaf.index)))
+_ADD_LEAF = Statement(lambda _: insert(Leaf.__table__))  # type: ignore[arg-type]
+_ADD_HASHES = Statement(lambda _: insert(LogHash.__table__))  # type: ignore[arg-type]
+
+
+def _put_head(dialect: str) -> Executable:
+    if dialect == "sqlite":
+        lite = sqlite.insert(LogHead)
+        return lite.on_conflict_do_update(index_elements=["id"], set_={"note": lite.excluded.note})
+    post = postgresql.insert(LogHead)
+    return post.on_conflict_do_update(index_elements=["id"], set_={"note": post.excluded.note})
+
+
+_PUT_HEAD = Statement(_put_head)
+
+
+@lru_cache(maxsize=256)
+def _hashes(count: int) -> Statement:
+    places = [
+        and_(LogHash.level == bindparam(f"level{number}"), LogHash.index == bindparam(f"index{number}"))
+        for number in range(count)
+    ]
+    last = select(func.max(Leaf.index)).scalar_subquery()
+    return Statement(lambda _: select(LogHash.level, LogHash.index, LogHash.hash, last).where(or_(*places)))
+
+
+Facts = Wire | Mapping[str, str | int | bool | None]
+
+
+@dataclass(frozen=True)
+class Added:
+    """A leaf as it was written: its place, its coarse time in Unix seconds, and its hash (32 bytes)."""
+
+    index: int
+    at: int
+    hash: bytes
+
+
+class AuditLog:
+    """Appends leaves in the caller's transaction, and signs checkpoints. `origin` names the cloister's log."""
+
+    def __init__(self, key: Ed25519PrivateKey, origin: str, clock: Callable[[], float] = time.time) -> None:
+        self._key, self._origin, self._clock = key, check_origin(origin), clock
+        self._head: tuple[int, bytes] | None = None
+        self._head_lock = threading.Lock()
+
+    @property
+    def public_key(self) -> bytes:
+        """32 bytes."""
+        return self._key.public_key().public_bytes_raw()
+
+    def append(self, s: Session, kind: str, facts: Facts) -> int:
+        """Add a leaf; answers its index. See `add`."""
+        return self.add(s, kind, facts).index
+
+    def add(self, s: Session, kind: str, facts: Facts) -> Added:
+        """Add a leaf. It is there when, and only if, the caller's transaction commits.
+
+        `facts` holds ids, whole numbers and digests: a leaf can never be erased, so nothing personal belongs in it.
+        Appending comes last in a transaction: every writer waits for the log's lock.
+        """
+        if s.in_nested_transaction():
+            raise RuntimeError("a leaf is appended outside savepoints: what it follows must not be undone under it")
+        if s.connection().dialect.name == "postgresql":
+            _LOCK.run(s, {"key": LOG_LOCK})
+        edge: Edge = s.info.get(_EDGE) or self._stored_edge(s)
+        index = edge.size
+        at = coarse(self._clock())
+        payload = _payload(index, kind, at, facts)
+        hashed = merkle.leaf_hash(payload)
+        gained = merkle.append(index, hashed, edge.read)
+        _ADD_LEAF.run(s, {"index": index, "kind": kind, "at": at, "payload": payload, "hash": hashed})
+        _ADD_HASHES.run_many(s, [{"level": level, "index": place, "hash": found} for level, place, found in gained])
+        s.info[_EDGE] = edge.grown(gained)
+        return Added(index, at, hashed)
+
+    def _stored_edge(self, s: Session) -> Edge:
+        """The stored log's right edge, once it is shown to extend the head that this guard saw last.
+
+        The database is trusted to be there, not to be right: a backup put back under a running guard is noticed here.
+        When the transaction commits, its own last leaf is the new head.
+        """
+        head = self._head
+        if head is None:
+            leaves = size(s)
+            edge = Edge(leaves, _stored_hashes(s, merkle.edge(leaves))[1])
+        else:
+            leaves, hashes = _stored_hashes(s, merkle.edge(head[0]))
+            edge = Edge(head[0], hashes)
+            if leaves < head[0] or len(hashes) < head[0].bit_count() or merkle.root(head[0], edge.read) != head[1]:
+                raise StorageError(
+                    "The audit log isn't the one that this cloister wrote.",
+                    why="Entries that were committed are gone or changed, as when an old copy of the database is put "
+                    "back.",
+                    next_step="Stop the cloister, and let the admin compare the log with its last checkpoint.",
+                )
+            if leaves > head[0]:
+                edge = Edge(leaves, _stored_hashes(s, merkle.edge(leaves))[1])
+
+        def before_commit(session: Session) -> None:
+            new: Edge = session.info[_EDGE]
+            # Leaves that no guard signed for, as somebody with the database may append them, are told by this.
+            _PUT_HEAD.run(session, {"id": 1, "note": self._signed(new.size, new.read)})
+
+        def after_commit(session: Session) -> None:
+            new: Edge = session.info.pop(_EDGE)
+            with self._head_lock:
+                if self._head is None or new.size > self._head[0]:
+                    self._head = new.size, merkle.root(new.size, new.read)
+
+        event.listen(s, "before_commit", before_commit, once=True)
+        event.listen(s, "after_commit", after_commit, once=True)
+        return edge
+
+    def checkpoint(self, s: Session) -> str:
+        """A signed note over all leaves that the transaction sees."""
+        return self._signed(size(s), reader(s))
+
+    def _signed(self, leaves: int, read: merkle.Read) -> str:
+        return sign_checkpoint(Checkpoint(self._origin, leaves, merkle.root(leaves, read)), self._key)
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The right edge of a log of `size` leaves: the hashes of the complete subtrees that its root is made of."""
+
+    size: int
+    hashes: Mapping[tuple[int, int], bytes]
+
+    def read(self, level: int, index: int) -> bytes:
+        return _present(self.hashes.get((level, index)), level, index)
+
+    def grown(self, gained: Sequence[tuple[int, int, bytes]]) -> Edge:
+        """The edge with one leaf more, from the subtree hashes that the leaf added."""
+        known = {**self.hashes, **{(level, index): found for level, index, found in gained}}
+        return Edge(self.size + 1, {place: known[place] for place in merkle.edge(self.size + 1)})
+
+
+def coarse(seconds: float) -> int:
+    """A time as leaves hold it: whole minutes, in Unix seconds."""
+    return int(seconds) // COARSE_SECONDS * COARSE_SECONDS
+
+
+def size(s: Session) -> int:
+    """The number of leaves that the transaction sees."""
+    last = _LAST.run(s)[0][0]
+    return 0 if last is None else int(last) + 1
+
+
+def _stored_hashes(s: Session, places: Sequence[tuple[int, int]]) -> tuple[int, dict[tuple[int, int], bytes]]:
+    """(leaves, hashes): how many leaves are stored, and those of the subtree hashes at `places` that are."""
+    if not places:
+        return size(s), {}
+    named: dict[str, int] = {}
+    for number, (level, index) in enumerate(places):
+        named[f"level{number}"], named[f"index{number}"] = level, index
+    rows = _hashes(len(places)).run(s, named)
+    last = rows[0][3] if rows else None
+    return 0 if last is None else last + 1, {(level, index): found for level, index, found, _ in rows}
+
+
+def _present(found: bytes | None, level: int, index: int) -> bytes:
+    if found is None:
+        raise merkle.LogVerificationError("The audit log lacks a part of itself.", why=f"Hash {level}/{index}.")
+    return found
+
+
+def reader(s: Session) -> merkle.Read:
+    """The stored subtree hashes."""
+
+    def read(level: int, index: int) -> bytes:
+        row = s.get(LogHash, (level, index))
+        return _present(None if row is None else row.hash, level, index)
+
+    return read
+
+
+def _payload(index: int, kind: str, at: int, facts: Facts) -> bytes:
+    """Canonical JSON {"at", "facts", "index", "v": 1}, the kind among the facts: what the leaf's hash covers."""
+    body = facts.model_dump(mode="json") if isinstance(facts, Wire) else dict(facts)
+    leaf = {"v": 1, "index": index, "at": at, "facts": {**body, "kind": kind}}
+    payload = json.dumps(leaf, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        raise ValueError("a leaf of the audit log is too large")
+    return payload

@@ -1,0 +1,57 @@
+"""What the audit log's refs stand for. A leaf can never be erased; a name beside it can.
+
+A ref is SHA-256 over a label, a random salt, the kind and the name. With the row it is proven whom a leaf is about;
+once the row is gone, nobody can tell, and nobody can put another name in its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import threading
+from typing import Literal
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from cloister_budget.tables import Name
+
+NameKind = Literal["user", "dataset", "population", "account"]
+
+SALT_BYTES = 16
+_LABEL = b"cloister/name/v1\n"
+_FRESH = "cloister_fresh_names"
+"""Under this name a session knows the refs that its own transaction made."""
+
+
+def ref_of(kind: str, name: str, salt: bytes) -> str:
+    """SHA-256(label || salt || kind || newline || name), 64 hex digits."""
+    return hashlib.sha256(_LABEL + salt + kind.encode() + b"\n" + name.encode()).hexdigest()
+
+
+class Names:
+    """The refs of one cloister's log. Usable from several threads."""
+
+    def __init__(self) -> None:
+        # Of committed rows only: a ref never changes.
+        self._known: dict[tuple[str, str], str] = {}
+        self._lock = threading.Lock()
+
+    def ref(self, s: Session, kind: NameKind, name: str) -> str:
+        """The ref of a name; it gets one, in this transaction, where it has none yet."""
+        with self._lock:
+            known = self._known.get((kind, name))
+        if known is not None:
+            return known
+        fresh: set[str] = s.info.setdefault(_FRESH, set())
+        found = s.scalar(select(Name.ref).where(Name.kind == kind, Name.name == name))
+        if found is None:
+            salt = secrets.token_bytes(SALT_BYTES)
+            found = ref_of(kind, name, salt)
+            s.add(Name(ref=found, kind=kind, salt=salt, name=name))
+            s.flush()
+            fresh.add(found)
+        elif found not in fresh:
+            with self._lock:
+                self._known[kind, name] = found
+        return found

@@ -1,0 +1,78 @@
+"""Kernels as the laptop starts and sees them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from cloister_data.base import Identifier, Text, UnixSeconds, UserName, Wire
+from cloister_data.errors import Problem
+from cloister_data.policy import Sandbox
+
+KernelState = Literal["starting", "running", "dead"]
+
+
+class KernelLaunch(Wire):
+    """Asks for a kernel. `verdict` is the laptop's own verdict as JSON, shown in the notebook, trusted by nobody.
+
+    `environment` holds display settings only (COLUMNS, LINES, TZ, LANG): names outside the list are refused.
+    """
+
+    verdict: Annotated[str, Field(max_length=65536)] = ""
+    environment: dict[Literal["COLUMNS", "LINES", "TZ", "LANG", "NO_COLOR"], Text] = Field(default={}, max_length=8)
+
+
+class KernelView(Wire):
+    """`idle`: for how many seconds no laptop has been attached; 0 while one is."""
+
+    kernel: Identifier
+    state: KernelState
+    started: UnixSeconds
+    sandbox: Sandbox
+    exit_code: int | None = None
+    idle: int = Field(default=0, ge=0)
+
+
+class KernelList(Wire):
+    kernels: tuple[KernelView, ...] = Field(max_length=10_000)
+
+
+class KernelStart(Wire):
+    """Guard to kernel service: start a kernel for this user."""
+
+    op: Literal["start"] = "start"
+    user: UserName
+    launch: KernelLaunch
+
+
+class KernelSignal(Wire):
+    """Guard to kernel service."""
+
+    op: Literal["interrupt", "end", "state"]
+    kernel: Identifier
+
+
+class KernelAttach(Wire):
+    """Guard to kernel service: from the answer on, this connection carries the kernel's frames both ways."""
+
+    op: Literal["attach"] = "attach"
+    kernel: Identifier
+
+
+class KernelQuery(Wire):
+    """Guard to kernel service: the kernels of one user."""
+
+    op: Literal["list"] = "list"
+    user: UserName
+
+
+KernelOrder = Annotated[KernelStart | KernelSignal | KernelAttach | KernelQuery, Field(discriminator="op")]
+
+
+class KernelAnswer(Wire):
+    """Kernel service to guard: the answer to one order. Exactly one field is set."""
+
+    kernel: KernelView | None = None
+    kernels: KernelList | None = None
+    problem: Problem | None = None

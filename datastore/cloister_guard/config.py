@@ -1,0 +1,151 @@
+"""The guard's configuration file: strict TOML, read once at start."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import Field, StringConstraints, ValidationError, model_validator
+
+from cloister_data.base import UserName, Wire
+from cloister_data.errors import ConfigurationError
+from cloister_data.policy import Platform
+
+MAX_SOCKET_PATH = 107
+"""Longest path of a unix socket in bytes (unix(7): sun_path holds 108 with the closing zero)."""
+
+
+class Bootstrap(Wire):
+    """The first admin, created only while the cloister has no user at all.
+
+    `password_hash` is what `cloister user hash-password` prints.
+    """
+
+    admin: UserName
+    password_hash: Annotated[str, StringConstraints(pattern=r"^\$argon2id\$.{1,500}$")]
+
+
+class GuardConfig(Wire):
+    """`cloister serve --config FILE`. Unknown keys are errors.
+
+    Attributes:
+        listen: `address:port` for HTTPS; port 0 takes a free one.
+        state_dir: where the database and the encrypted datasets live; made with mode 0700.
+        runtime_dir: where the unix sockets live: a short path that the kernels' users can traverse, outside state_dir.
+        homes_dir: where the kernels' home directories live; by default `runtime_dir/homes`.
+        database: an SQLAlchemy URL; by default SQLite in `state_dir`.
+        max_queries, max_jobs: how many workers answer questions, and train, at the same time.
+        worker_memory_mb: address-space limit of one worker, also of one that reads an upload.
+        refusals_per_minute: how many requests of one user may be refused in a minute; more aren't looked at.
+        kernels_per_user: how many kernels one user may have at the same time.
+    """
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")]
+    listen: Annotated[str, StringConstraints(pattern=r"^(\[[0-9a-fA-F:]+\]|[0-9A-Za-z.-]+):\d{1,5}$")]
+    state_dir: Path
+    runtime_dir: Path
+    homes_dir: Path | None = None
+    platform: Platform
+    database: Annotated[str, StringConstraints(max_length=1024)] | None = None
+    bootstrap: Bootstrap | None = None
+    max_queries: int = Field(default=4, ge=1, le=64)
+    max_jobs: int = Field(default=2, ge=1, le=64)
+    worker_memory_mb: int = Field(default=16_384, ge=1024, le=1 << 20)
+    refusals_per_minute: int = Field(default=60, ge=1, le=10_000)
+    kernels_per_user: int = Field(default=8, ge=1, le=100)
+
+    @model_validator(mode="after")
+    def _absolute(self) -> Self:
+        if not all(path.is_absolute() for path in (self.state_dir, self.runtime_dir, self.homes)):
+            raise ValueError("state_dir, runtime_dir and homes_dir must be absolute paths")
+        # Kernels reach their sockets and homes; they must never reach what lies in the state directory.
+        if any(path.is_relative_to(self.state_dir) for path in (self.runtime_dir, self.homes)):
+            raise ValueError("runtime_dir and homes_dir must lie outside state_dir")
+        return self
+
+    @property
+    def host(self) -> str:
+        return self.listen.rsplit(":", 1)[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        return int(self.listen.rsplit(":", 1)[1])
+
+    @property
+    def database_url(self) -> str:
+        return self.database or f"sqlite:///{self.state_dir / 'cloister.db'}"
+
+    @property
+    def homes(self) -> Path:
+        return self.homes_dir or self.runtime_dir / "homes"
+
+    @property
+    def control_socket(self) -> Path:
+        return self.runtime_dir / "control.sock"
+
+    @property
+    def service_socket(self) -> Path:
+        return self.runtime_dir / "kernels.sock"
+
+    def kernel_socket(self, kernel: str) -> Path:
+        return self.runtime_dir / "g" / kernel / "guard.sock"
+
+    def make_directories(self) -> None:
+        """Make what is missing, closed to everyone else. Raises ConfigurationError."""
+        longest = self.kernel_socket("0" * 32)
+        if len(os.fsencode(longest)) > MAX_SOCKET_PATH:
+            raise ConfigurationError(
+                f"The runtime directory's path is too long: {self.runtime_dir}",
+                why=f"Unix socket paths end at {MAX_SOCKET_PATH} bytes, and a kernel's would have "
+                f"{len(os.fsencode(longest))}.",
+                next_step="Set runtime_dir to a short path, for example /run/cloister.",
+            )
+        for path in (self.state_dir, self.runtime_dir, self.homes):
+            if path.exists() and path.stat().st_mode & 0o002:
+                raise ConfigurationError(
+                    f"{path} is open to every user of this machine.",
+                    why="A cloister closes its directories to others, which would break what else uses this one.",
+                    next_step="Name a directory of the cloister's own, for example one below it.",
+                )
+        try:
+            for path, mode in (
+                (self.state_dir, 0o700),
+                (self.state_dir / "data", 0o700),
+                (self.state_dir / "models", 0o700),
+                (self.runtime_dir, 0o711),
+                (self.runtime_dir / "g", 0o711),
+                (self.homes, 0o711),
+            ):
+                path.mkdir(parents=True, exist_ok=True)
+                path.chmod(mode)
+        except OSError as error:
+            raise ConfigurationError(
+                f"The state directory can't be used: {self.state_dir}",
+                why=f"{error.strerror}.",
+                next_step="Choose a directory that this user may write to, with free space, as state_dir.",
+            ) from error
+
+
+def load_config(path: Path) -> GuardConfig:
+    """Read and check a configuration file. Raises ConfigurationError that names the file and the first wrong key."""
+    try:
+        document = tomllib.loads(path.read_text("utf-8"))
+        return GuardConfig.model_validate(document)
+    except OSError as error:
+        raise ConfigurationError(
+            f"The configuration {path} can't be read.", why=f"{error.strerror}.", next_step="Check the path."
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"The configuration {path} isn't TOML.", why=f"{error}.") from error
+    except ValidationError as error:
+        # A misspelt key is both unknown and missing under its right name: the first of the two says more.
+        found = error.errors(include_url=False, include_input=False)
+        first = min(found, key=lambda each: each["type"] != "extra_forbidden")
+        key = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ConfigurationError(
+            f"The configuration {path} is wrong at {key!r}.",
+            why=f"{first['msg']}.",
+            next_step="deploy/cloister.toml is a commented sample.",
+        ) from error

@@ -1,0 +1,77 @@
+"""The guard's proof of itself: one TLS key per start, bound with a nonce and the log's head into hardware evidence."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+
+from cloister_attest.binding import report_data
+from cloister_attest.channel import ServerIdentity, make_server_identity
+from cloister_attest.collect import Attester
+from cloister_attest.evidence import Evidence
+from cloister_budget.database import Database
+from cloister_budget.entries import GuardStarted
+from cloister_budget.journal import Journal
+from cloister_budget.log import reader, size
+from cloister_budget.merkle import consistency_proof
+from cloister_data.consistency import ConsistencyProof, ConsistencyRequest
+
+
+class EvidenceDesk:
+    """Answers nonces. Holds the TLS identity of this start."""
+
+    def __init__(self, attester: Attester, database: Database, journal: Journal, name: str) -> None:
+        self._attester = attester
+        self._database = database
+        self._journal = journal
+        self._log = journal.log
+        self.identity: ServerIdentity = make_server_identity(name)
+        self.platform = attester.platform
+        self.start_digest = ""
+
+    @property
+    def certificate_digest(self) -> str:
+        """SHA-256 of the TLS certificate, hex."""
+        return hashlib.sha256(self.identity.certificate_der).hexdigest()
+
+    @property
+    def simulated(self) -> bool:
+        return self.platform == "simulated"
+
+    def record_start(self) -> None:
+        """Collect evidence once and make its digest a leaf: receipts name it."""
+        evidence = self.answer(secrets.token_bytes(32))
+        self.start_digest = evidence.digest()
+        with self._database.write() as session:
+            self._journal.append(
+                session,
+                GuardStarted(
+                    evidence=self.start_digest,
+                    platform=self.platform,
+                    log_key=self._log.public_key.hex(),
+                    previous_key=self._journal.last_key(session),
+                    certificate=self.certificate_digest,
+                ),
+            )
+
+    def answer(self, nonce: bytes) -> Evidence:
+        """Fresh evidence for a 32-byte nonce, over the log's newest checkpoint."""
+        with self._database.read() as session:
+            checkpoint = self._log.checkpoint(session)
+        bound = report_data(self.identity.spki, nonce, b"", checkpoint.encode(), self._log.public_key)
+        report, certificates = self._attester.collect(bound)
+        return Evidence(
+            platform=self.platform,
+            report=report,
+            certificates=certificates,
+            checkpoint=checkpoint,
+            log_key=self._log.public_key,
+            gpu=None,
+        )
+
+    def consistency(self, request: ConsistencyRequest) -> ConsistencyProof:
+        """That a later state of the log, which evidence showed, extends an earlier one that a client saw."""
+        with self._database.read() as session:
+            if not request.first <= request.second <= size(session):
+                return ConsistencyProof(hashes=())
+            return ConsistencyProof(hashes=tuple(consistency_proof(request.first, request.second, reader(session))))

@@ -1,0 +1,1 @@
+"""The guard's HTTP face: the routes, and the servers that carry them."""

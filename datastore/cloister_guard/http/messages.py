@@ -1,0 +1,94 @@
+"""Bodies in, answers and problems out. Bodies are read to a stated limit and parsed from their bytes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from cloister_data.base import Wire
+from cloister_data.errors import CloisterError, InvalidRequestError, NotFoundError, TooLargeError
+from cloister_guard.release import problem
+
+PROBLEM = "application/problem+json"
+MAX_JSON_BODY = 4 << 20
+STALLED_SECONDS = 60.0
+_ROUTES = "docs/protocol.md lists the routes."
+
+W = TypeVar("W", bound=Wire)
+
+
+async def body_bytes(request: Request, limit: int) -> bytes:
+    """The whole body. Raises TooLargeError as soon as it passes `limit` bytes, InvalidRequestError where it stalls."""
+    parts, stream = bytearray(), aiter(request.stream())
+    while True:
+        try:
+            async with asyncio.timeout(STALLED_SECONDS):
+                parts += await anext(stream)
+        except StopAsyncIteration:
+            break
+        except TimeoutError:
+            raise InvalidRequestError(
+                "The request stopped half-way.",
+                why=f"Nothing more of it came for {STALLED_SECONDS:.0f} seconds.",
+                next_step="Send it again.",
+            ) from None
+        if len(parts) > limit:
+            raise TooLargeError(
+                "The request is too large.", why=f"The limit here is {limit} bytes.", next_step="Send less."
+            )
+    return bytes(parts)
+
+
+def reads(model: type[W]) -> Callable[[Request], Awaitable[W]]:
+    """A dependency that parses the body as `model` from its raw bytes: no NaN, no unknown field, bounded sizes."""
+
+    async def parse(request: Request) -> W:
+        return model.from_json(await body_bytes(request, MAX_JSON_BODY))
+
+    return parse
+
+
+def takes(model: type[Wire] | None = None, *, media_type: str = "application/json") -> dict[str, object]:
+    """The OpenAPI part that says what a route's body is, since `reads` parses it past FastAPI."""
+    if model is None:
+        schema: dict[str, object] = {"type": "string", "format": "binary"}
+    else:
+        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        schema.pop("$defs", None)
+    return {"requestBody": {"required": True, "content": {media_type: {"schema": schema}}}}
+
+
+def answer(message: Wire, status: int = 200) -> Response:
+    return Response(message.to_json(), status, media_type="application/json", headers={"Cache-Control": "no-store"})
+
+
+def problem_response(error: Exception, status: int | None = None) -> Response:
+    """The error as a problem; `status` stands for its own where the HTTP layer knows better."""
+    told = problem(error)
+    if status is not None:
+        told = told.model_copy(update={"status": status})
+    return Response(told.to_json(), told.status, media_type=PROBLEM, headers={"Cache-Control": "no-store"})
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Every error leaves as a problem. What is not foreseen leaves as one constant."""
+
+    async def handle(_: Request, error: Exception) -> Response:
+        if isinstance(error, RequestValidationError):
+            # Bodies are parsed by `reads`, so only a name in the address can be meant.
+            return problem_response(NotFoundError("There is nothing at this address."))
+        if isinstance(error, HTTPException) and error.status_code == 404:
+            return problem_response(NotFoundError("There is no such route.", next_step=_ROUTES))
+        if isinstance(error, HTTPException):
+            refused = InvalidRequestError("This route isn't called like that.", next_step=_ROUTES)
+            return problem_response(refused, error.status_code)
+        return problem_response(error)
+
+    for kind in (CloisterError, HTTPException, RequestValidationError, ValidationError, Exception):
+        app.add_exception_handler(kind, handle)

@@ -1,0 +1,151 @@
+"""The guard's side of the kernels: orders to the kernel service, and the splice of a kernel's channel."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from cloister_data.base import Wire
+from cloister_data.errors import NotFoundError, TooManyRequestsError, UnavailableError, from_problem
+from cloister_data.framing import MAX_CHANNEL_FRAME, MAX_JSON_FRAME, frame_length, pack_frame
+from cloister_data.kernels import (
+    KernelAnswer,
+    KernelAttach,
+    KernelLaunch,
+    KernelList,
+    KernelQuery,
+    KernelSignal,
+    KernelStart,
+    KernelView,
+)
+from cloister_guard.identity import Caller
+
+ORDER_SECONDS = 60.0
+ABANDONED_SECONDS = 600
+"""A laptop that was away for so long may have lost its kernel for good: at the limit, the kernel makes room."""
+SUBPROTOCOL = "cloister.kernel.v1"
+
+
+async def read_frame(reader: asyncio.StreamReader, limit: int) -> bytes:
+    """One length-prefixed frame. Raises asyncio.IncompleteReadError at the end, TooLargeError over `limit`."""
+    return await reader.readexactly(frame_length(await reader.readexactly(4), limit))
+
+
+class Kernels:
+    """Kernels of users: each request is checked for whose kernel it is before the service hears of it."""
+
+    def __init__(self, service_socket: Path, per_user: int) -> None:
+        self._socket = service_socket
+        self._per_user = per_user
+        self._starting: dict[str, int] = {}
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        try:
+            return await asyncio.open_unix_connection(self._socket)
+        except OSError as error:
+            raise UnavailableError(
+                "The kernel service doesn't answer.",
+                why="It is starting, or it has stopped.",
+                next_step="Try again in a moment; then tell the admin.",
+            ) from error
+
+    async def _order(self, order: Wire) -> KernelAnswer:
+        reader, writer = await self._connect()
+        try:
+            return await self._ask(reader, writer, order)
+        finally:
+            writer.close()
+
+    async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, order: Wire) -> KernelAnswer:
+        writer.write(pack_frame(order.to_json()))
+        try:
+            await writer.drain()
+            async with asyncio.timeout(ORDER_SECONDS):
+                answer = KernelAnswer.from_json(await read_frame(reader, MAX_JSON_FRAME))
+        except (OSError, EOFError, TimeoutError) as error:
+            raise UnavailableError("The kernel service broke off.", next_step="Try again.") from error
+        if answer.problem is not None:
+            raise from_problem(answer.problem)
+        return answer
+
+    async def start(self, caller: Caller, launch: KernelLaunch) -> KernelView:
+        alive = [kernel for kernel in (await self.list(caller)).kernels if kernel.state != "dead"]
+        starting = self._starting.get(caller.user, 0)
+        if len(alive) + starting >= self._per_user:
+            forgotten = max(alive, key=lambda kernel: kernel.idle, default=None)
+            if forgotten is not None and forgotten.idle >= ABANDONED_SECONDS:
+                await self._order(KernelSignal(op="end", kernel=forgotten.kernel))
+                alive.remove(forgotten)
+        starting = self._starting.get(caller.user, 0)
+        if len(alive) + starting >= self._per_user:
+            raise TooManyRequestsError(
+                f"You have {len(alive) + starting} kernels already.",
+                why=f"The limit is {self._per_user}.",
+                next_step="Shut one down in JupyterLab. One whose JupyterLab is gone makes room after ten minutes.",
+            )
+        self._starting[caller.user] = starting + 1
+        try:
+            return _view(await self._order(KernelStart(user=caller.user, launch=launch)))
+        finally:
+            self._starting[caller.user] -= 1
+
+    async def list(self, caller: Caller) -> KernelList:
+        answer = await self._order(KernelQuery(user=caller.user))
+        return answer.kernels or KernelList(kernels=())
+
+    async def _own(self, caller: Caller, kernel: str) -> None:
+        if all(view.kernel != kernel for view in (await self.list(caller)).kernels):
+            raise NotFoundError("There is no such kernel of yours.", next_step="Start a new one.")
+
+    async def signal(self, caller: Caller, kernel: str, op: str) -> KernelView:
+        """`op` is interrupt, end or state."""
+        await self._own(caller, kernel)
+        return _view(await self._order(KernelSignal.model_validate({"op": op, "kernel": kernel})))
+
+    async def splice(self, caller: Caller, kernel: str, websocket: WebSocket) -> None:
+        """Carry the kernel's frames between the laptop and the service, unread, until either side ends."""
+        await self._own(caller, kernel)
+        reader, writer = await self._connect()
+        try:
+            await self._ask(reader, writer, KernelAttach(kernel=kernel))
+            await websocket.accept(subprotocol=SUBPROTOCOL)
+            pumps = {
+                asyncio.create_task(_to_service(websocket, writer)),
+                asyncio.create_task(_to_laptop(websocket, reader)),
+            }
+            done, pending = await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*done, *pending, return_exceptions=True)
+        finally:
+            writer.close()
+            with contextlib.suppress(RuntimeError, WebSocketDisconnect):
+                await websocket.close()
+
+
+async def _to_service(websocket: WebSocket, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(WebSocketDisconnect, OSError):
+        while True:
+            message = await websocket.receive()
+            if message["type"] != "websocket.receive":
+                return
+            frame = message.get("bytes")
+            if frame is None or len(frame) > MAX_CHANNEL_FRAME:
+                return
+            writer.write(pack_frame(frame))
+            await writer.drain()
+
+
+async def _to_laptop(websocket: WebSocket, reader: asyncio.StreamReader) -> None:
+    with contextlib.suppress(WebSocketDisconnect, OSError, EOFError):
+        while True:
+            await websocket.send_bytes(await read_frame(reader, MAX_CHANNEL_FRAME))
+
+
+def _view(answer: KernelAnswer) -> KernelView:
+    if answer.kernel is None:
+        raise UnavailableError("The kernel service gave an answer that can't be used.")
+    return answer.kernel

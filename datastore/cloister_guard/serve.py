@@ -1,0 +1,148 @@
+"""The life of one guard process: open, listen, say ready, wait for a signal, close."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import structlog
+
+from cloister_attest.collect import simulated_hardware
+from cloister_data.errors import ConfigurationError
+from cloister_guard.config import GuardConfig
+from cloister_guard.control import ControlServer
+from cloister_guard.guard import Guard
+from cloister_guard.http.servers import KernelSockets, laptop_server, listen_tcp
+
+logger = structlog.get_logger()
+
+COMPANION_RESTART_SECONDS = 1.0
+COMPANION_STOP_SECONDS = 5.0
+
+
+def run(config: GuardConfig, companion: Sequence[str]) -> None:
+    """Serve until SIGINT or SIGTERM. `companion` is the command of the kernel service, which the guard supervises.
+
+    Raises ConfigurationError or StorageError where it can't start. Leaves no process and no socket behind.
+    """
+    os.umask(0o077)
+    _set_up_logging()
+    # The address first: a port in use must not cost a start's evidence and leaves.
+    config.make_directories()
+    with _alone(config), contextlib.closing(listen_tcp(config.host, config.port)) as listener:
+        asyncio.run(_serve(config, companion, listener))
+
+
+@contextlib.contextmanager
+def _alone(config: GuardConfig) -> Iterator[None]:
+    """Hold this cloister's directories: a second guard would settle the first one's jobs and end its kernels.
+
+    Raises ConfigurationError where another guard holds one. Linux lets go when the process ends, however it ends.
+    """
+    with contextlib.ExitStack() as held:
+        for directory in (config.state_dir, config.runtime_dir):
+            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            held.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ConfigurationError(
+                    f"Another cloister runs in {directory}.",
+                    why="Two at once would undo each other's work.",
+                    next_step="Stop that one first, or set another state_dir and runtime_dir.",
+                ) from error
+        yield
+
+
+def _set_up_logging() -> None:
+    """JSON lines on stderr; names and figures of the guard itself, never a request's content."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    # Tracebacks of servers could hold a request's content.
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+async def _serve(config: GuardConfig, companion: Sequence[str], listener: socket.socket) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(name, stop.set)
+    guard = Guard(config)
+    guard.recover()
+    sockets = KernelSockets(guard)
+    control = ControlServer(guard, sockets)
+    await control.start()
+    server = laptop_server(guard, guard.evidence.identity)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    supervising = asyncio.create_task(_supervise(companion, stop))
+    ready = config.state_dir / "ready.json"
+    try:
+        _say_ready(config, ready, listener.getsockname()[1])
+        waiting = asyncio.create_task(stop.wait())
+        await asyncio.wait({waiting, serving, supervising}, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+    finally:
+        logger.info("stopping")
+        ready.unlink(missing_ok=True)
+        stop.set()
+        await guard.stop()
+        await supervising
+        await sockets.close_all()
+        server.should_exit = True
+        await serving
+        await control.stop()
+        guard.database.close()
+        shutil.rmtree(config.runtime_dir / "g", ignore_errors=True)
+
+
+def _say_ready(config: GuardConfig, path: Path, port: int) -> None:
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    trust = config.state_dir / "trust.toml"
+    if config.platform == "simulated":
+        # Whoever reads this file trusts this machine's own word: good for a demonstration, and for nothing else.
+        trust.write_text(simulated_hardware(config.state_dir).trust().to_toml())
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps({"url": f"https://{host}:{port}", "trust": str(trust), "pid": os.getpid()}))
+    temporary.replace(path)
+    logger.info("ready", url=f"https://{host}:{port}", platform=config.platform)
+
+
+async def _supervise(command: Sequence[str], stop: asyncio.Event) -> None:
+    """Keep the kernel service running until `stop`; end it then, and wait for it."""
+    while not stop.is_set():
+        process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL)
+        ended = asyncio.create_task(process.wait())
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({ended, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not ended.done():
+            process.terminate()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(COMPANION_STOP_SECONDS):
+                    await asyncio.shield(ended)
+        if not ended.done():
+            process.kill()
+        code = await ended
+        if not stop.is_set():
+            logger.error("the kernel service ended", code=code)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(COMPANION_RESTART_SECONDS):
+                    await stop.wait()

@@ -1,0 +1,77 @@
+"""Work on data that you can never see: opaque handles, private statistics, private training.
+
+In a cloister's kernel everything is ready; on a laptop choose a cloister first with `cloister.use(NAME)`.
+
+    import cloister
+    cloister.datasets()
+    ds = cloister.dataset("hospital-a/breast-cancer")
+    ds["mean radius"].mean(epsilon=0.2)
+"""
+
+from cloister.accounts import Budget, budget
+from cloister.catalogue import Catalogue, dataset, datasets
+from cloister.connection import use
+from cloister.handle import DatasetHandle, concat
+from cloister.job import Job, Jobs, jobs
+from cloister.question import Cost, Question
+from cloister.releases import History, Release, history
+from cloister.requests import BudgetRequests, budget_requests, request_budget
+from cloister.training import Rehearsal
+from cloister.verdict import Attestation, attestation
+from cloister_data.errors import (
+    AttestationRefusedError,
+    AuthenticationError,
+    BudgetRefusedError,
+    CloisterError,
+    ConfigurationError,
+    ConflictError,
+    ForbiddenError,
+    InvalidRequestError,
+    JobFailedError,
+    NotFoundError,
+    PolicyRefusedError,
+    SessionExpiredError,
+    UnavailableError,
+    UnreachableError,
+    UnsupportedModelError,
+)
+
+__all__ = [
+    "Attestation",
+    "AttestationRefusedError",
+    "AuthenticationError",
+    "Budget",
+    "BudgetRefusedError",
+    "BudgetRequests",
+    "Catalogue",
+    "CloisterError",
+    "ConfigurationError",
+    "ConflictError",
+    "Cost",
+    "DatasetHandle",
+    "ForbiddenError",
+    "History",
+    "InvalidRequestError",
+    "Job",
+    "JobFailedError",
+    "Jobs",
+    "NotFoundError",
+    "PolicyRefusedError",
+    "Question",
+    "Rehearsal",
+    "Release",
+    "SessionExpiredError",
+    "UnavailableError",
+    "UnreachableError",
+    "UnsupportedModelError",
+    "attestation",
+    "budget",
+    "budget_requests",
+    "concat",
+    "dataset",
+    "datasets",
+    "history",
+    "jobs",
+    "request_budget",
+    "use",
+]

@@ -1,0 +1,340 @@
+"""Profiles: what this computer remembers of a cloister it connects to. Files below `home()`, closed to other users.
+
+profiles/NAME/profile.json     where it is, who connects, and the trust file
+profiles/NAME/token.json       the session token (0600)
+profiles/NAME/checkpoint.json  the last audit log checkpoint that was verified
+profiles/NAME/owner.pem        the owner's signing key (0600); the only copy
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, TypeVar
+
+import httpx
+import platformdirs
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from pydantic import Field, StringConstraints, ValidationError, field_validator
+
+from cloister_attest.policy import AttestationPolicy, load_policy
+from cloister_budget.merkle import LogVerificationError, verify_consistency
+from cloister_data.base import UserName, Wire
+from cloister_data.checkpoint import MAX_SIZE, Checkpoint
+from cloister_data.errors import AttestationRefusedError, ConfigurationError, StorageError
+from cloister_data.identity import LoginAnswer
+
+W = TypeVar("W", bound=Wire)
+
+ProfileName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+
+MAX_FILE = 1 << 20
+CONNECT = "cloister connect URL --trust FILE"
+DEFAULT_PORT = 443
+
+
+class Address(NamedTuple):
+    """Where a cloister listens."""
+
+    host: str
+    port: int
+
+    @property
+    def authority(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
+def parse_url(url: str) -> Address:
+    """The address in `https://host[:port]`. Raises ConfigurationError for anything more or less than that."""
+    try:
+        parsed = httpx.URL(url)
+    except (httpx.InvalidURL, TypeError) as error:
+        raise _wrong_url(url, "It can't be read.") from error
+    if parsed.scheme != "https" or not parsed.host:
+        raise _wrong_url(url, "It must begin with https:// and name a host.")
+    if parsed.userinfo or parsed.path not in ("", "/") or parsed.query or parsed.fragment:
+        raise _wrong_url(url, "It holds more than a host and a port.")
+    port = DEFAULT_PORT if parsed.port is None else parsed.port
+    if not 0 < port < 65536:
+        raise _wrong_url(url, f"There is no port {port}.")
+    return Address(parsed.host, port)
+
+
+class Remembered(Wire):
+    """The newest checkpoint that was seen of the log behind `url`."""
+
+    url: str = Field(max_length=1024)
+    origin: str = Field(max_length=256)
+    log_key: bytes = Field(min_length=32, max_length=32)
+    size: int = Field(ge=0, le=MAX_SIZE)
+    root: bytes = Field(min_length=32, max_length=32)
+
+    def refuse_rollback(self, checkpoint: Checkpoint, consistency: Sequence[bytes]) -> None:
+        """Raises AttestationRefusedError unless the log of `checkpoint` is shown to extend the one that was seen.
+
+        A log only grows, also when its key changes at a restart of the cloister. `consistency` is the RFC 6962 proof
+        (32 bytes each) from the size that was seen.
+        """
+        if checkpoint.origin != self.origin:
+            found = f"The log is called {checkpoint.origin!r} now; it was {self.origin!r}."
+        elif checkpoint.size < self.size:
+            found = f"It has {checkpoint.size} entries now; {self.size} were seen before."
+        else:
+            try:
+                verify_consistency(self.size, checkpoint.size, self.root, checkpoint.root, consistency)
+            except LogVerificationError:
+                found = f"Its first {self.size} entries aren't shown to be those that were seen before."
+            else:
+                return
+        raise AttestationRefusedError(
+            "The cloister's audit log was set back or replaced. Nothing was sent.",
+            why=f"{found} Seen: {self.size} entries, root {self.root.hex()}. Shown: {checkpoint.size} entries, root "
+            f"{checkpoint.root.hex()}.",
+            next_step="Ask the operator and the data's owner why. Where it was a restore that you accept, connect "
+            f"under a new name: {CONNECT} --name NAME.",
+        )
+
+
+class Profile(Wire):
+    """One cloister that this computer knows.
+
+    Attributes:
+        url: `https://host[:port]`.
+        user: who signs in, or None where nobody has yet.
+        trust: absolute path of the trust file.
+    """
+
+    format: Literal[1] = 1
+    name: ProfileName
+    url: str = Field(max_length=1024)
+    user: UserName | None = None
+    trust: Path
+
+    @field_validator("url")
+    @classmethod
+    def _address(cls, url: str) -> str:
+        try:
+            parse_url(url)
+        except ConfigurationError as error:
+            raise ValueError(str(error)) from error
+        return url.rstrip("/")
+
+    @field_validator("trust")
+    @classmethod
+    def _absolute(cls, trust: Path) -> Path:
+        return trust.expanduser().absolute()
+
+    @property
+    def directory(self) -> Path:
+        return _profiles() / self.name
+
+    @property
+    def address(self) -> Address:
+        return parse_url(self.url)
+
+    def save(self) -> None:
+        """Write the profile, over an earlier one of the same name. Raises StorageError."""
+        _write_private(self.directory / "profile.json", self.to_json())
+
+    def policy(self) -> AttestationPolicy:
+        """The trust file, read anew. Raises ConfigurationError."""
+        return load_policy(self.trust)
+
+    def token(self) -> LoginAnswer | None:
+        """The stored token, expired or not; None where there is none, or where it belongs to another address."""
+        stored = _read_wire(self.directory / "token.json", _StoredToken, secret=True)
+        return stored.answer if stored is not None and stored.url == self.url else None
+
+    def store_token(self, answer: LoginAnswer) -> None:
+        _write_private(self.directory / "token.json", _StoredToken(url=self.url, answer=answer).to_json())
+
+    def forget_token(self) -> None:
+        try:
+            (self.directory / "token.json").unlink(missing_ok=True)
+        except OSError as error:
+            raise _cannot_write(self.directory / "token.json", error) from error
+
+    def remembered(self) -> Remembered | None:
+        """The newest checkpoint seen at this profile's address."""
+        stored = _read_wire(self.directory / "checkpoint.json", Remembered)
+        return stored if stored is not None and stored.url == self.url else None
+
+    def remember(self, checkpoint: Checkpoint, log_key: bytes) -> None:
+        """Keep `checkpoint` unless a larger one of this log is kept already (another process may have seen it)."""
+        fresh = Remembered(
+            url=self.url, origin=checkpoint.origin, log_key=log_key, size=checkpoint.size, root=checkpoint.root
+        )
+        with self._locked():
+            known = self.remembered()
+            if known is None or known.size <= fresh.size:
+                _write_private(self.directory / "checkpoint.json", fresh.to_json())
+
+    def owner_key(self, *, create: bool = False) -> Ed25519PrivateKey:
+        """The owner's signing key. It is made where absent only if `create` says so. Raises ConfigurationError."""
+        path = self.directory / "owner.pem"
+        with self._locked():
+            if not path.exists():
+                if not create:
+                    raise ConfigurationError(
+                        f"There is no owner's key in the profile {self.name!r}.",
+                        why="It is made at the first upload, and signs the policies from then on.",
+                        next_step=f"Upload a dataset first, or copy the key to {path} (mode 0600).",
+                    )
+                key = Ed25519PrivateKey.generate()
+                _write_private(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+                return key
+            content = _read(path, secret=True)
+        try:
+            loaded = load_pem_private_key(content, None)
+        except (ValueError, TypeError) as error:
+            raise ConfigurationError(f"The owner's key {path} can't be read.", why=f"{error}.") from error
+        if not isinstance(loaded, Ed25519PrivateKey):
+            raise ConfigurationError(f"The owner's key {path} isn't an Ed25519 key.")
+        return loaded
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Only one process at a time changes what this profile remembers."""
+        path = self.directory / "lock"
+        try:
+            _make_private(self.directory)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+class _StoredToken(Wire):
+    """A token and the address it is for: it is never sent anywhere else."""
+
+    url: str = Field(max_length=1024)
+    answer: LoginAnswer
+
+
+def new(name: str, url: str, trust: Path | str, user: str | None = None) -> Profile:
+    """A profile that isn't saved yet. Raises ConfigurationError for a name, a URL or a user that can't be."""
+    parse_url(url)
+    try:
+        return Profile(name=name, url=url, user=user, trust=Path(trust))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise ConfigurationError(
+            f"This can't be a profile: its {first['loc'][0]} is wrong.",
+            why=f"{first['msg']}.",
+            next_step="Names hold lower-case letters, digits, '.', '_' and '-'.",
+        ) from error
+
+
+def home() -> Path:
+    """`$CLOISTER_HOME`, or the user's configuration folder."""
+    chosen = os.environ.get("CLOISTER_HOME")
+    return Path(chosen).absolute() if chosen else platformdirs.user_config_path("cloister")
+
+
+def names() -> list[str]:
+    """The profiles on this computer, sorted."""
+    try:
+        return sorted(path.parent.name for path in _profiles().glob("*/profile.json"))
+    except OSError:
+        return []
+
+
+def load(name: str) -> Profile:
+    """Raises ConfigurationError where there is no such profile or it can't be read."""
+    known = names()
+    if name not in known:
+        raise ConfigurationError(
+            f"There is no cloister called {name!r} on this computer.",
+            why=f"Known are: {', '.join(known)}." if known else "None was connected yet.",
+            next_step=f"Connect first: {CONNECT}.",
+        )
+    profile = _read_wire(_profiles() / name / "profile.json", Profile)
+    if profile is None or profile.name != name:
+        raise ConfigurationError(
+            f"The profile {name!r} is damaged.", next_step=f"Connect again: {CONNECT} --name {name}."
+        )
+    return profile
+
+
+def _profiles() -> Path:
+    return home() / "profiles"
+
+
+def _wrong_url(url: str, why: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{url[:200]!r} isn't a cloister's address.",
+        why=why,
+        next_step="Write it as https://host or https://host:port.",
+    )
+
+
+def _cannot_write(path: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"{path} can't be written.",
+        why=f"{error.strerror}.",
+        next_step="Check the free space and the permissions of that folder, or set CLOISTER_HOME to another one.",
+    )
+
+
+def _make_private(directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+def _write_private(path: Path, content: bytes) -> None:
+    """Replace `path` whole or not at all; nobody else may read it at any moment."""
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        _make_private(path.parent)
+        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            fresh.unlink()
+        raise _cannot_write(path, error) from error
+
+
+def _read(path: Path, *, secret: bool = False) -> bytes:
+    """Raises ConfigurationError, also for a secret that other users may read; FileNotFoundError passes."""
+    try:
+        with path.open("rb") as file:
+            if secret and stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
+                raise ConfigurationError(
+                    f"{path} is open to other users of this computer.",
+                    why="It holds a secret.",
+                    next_step=f"Close it: chmod 600 {path}.",
+                )
+            content = file.read(MAX_FILE + 1)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ConfigurationError(f"{path} can't be read.", why=f"{error.strerror}.") from error
+    if len(content) > MAX_FILE:
+        raise ConfigurationError(f"{path} is larger than {MAX_FILE} bytes.")
+    return content
+
+
+def _read_wire(path: Path, kind: type[W], *, secret: bool = False) -> W | None:
+    try:
+        return kind.from_json(_read(path, secret=secret))
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise ConfigurationError(
+            f"{path} is damaged.",
+            why=f"{error.errors(include_url=False, include_input=False)[0]['msg']}.",
+            next_step="Connect again under a new name, or remove the file if you know why it is damaged.",
+        ) from error

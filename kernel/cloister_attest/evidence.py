@@ -1,0 +1,53 @@
+"""The evidence on the wire: what a client asks for, and what the machine shows."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Self
+
+from pydantic import Field
+
+from cloister_data.base import Wire
+from cloister_data.policy import Platform
+
+NONCE_BYTES = 32
+LOG_KEY_BYTES = 32
+MAX_REPORT = 64 << 10
+MAX_CERTIFICATE = 16 << 10
+MAX_CERTIFICATES = 8
+MAX_CHECKPOINT = 8 << 10
+MAX_GPU = 1 << 20
+MAX_EVIDENCE_JSON = 4 << 20
+"""Bytes that a client reads of an answer to an AttestRequest before it gives up; above what the bounds below allow."""
+
+
+class AttestRequest(Wire):
+    """`POST /.well-known/attest`: evidence over a fresh nonce of 32 random bytes."""
+
+    nonce: bytes = Field(min_length=NONCE_BYTES, max_length=NONCE_BYTES)
+
+    @classmethod
+    def fresh(cls) -> Self:
+        return cls(nonce=secrets.token_bytes(NONCE_BYTES))
+
+
+class Evidence(Wire):
+    """What a machine shows to be believed.
+
+    Attributes:
+        report: the platform's signed report or quote, as the hardware made it. Its 64 bytes of report data are
+            `cloister_attest.binding.report_data` of the channel's key, the client's nonce and the fields below.
+        certificates: DER, the report's signer first, its root last.
+        checkpoint: the audit log's signed checkpoint (C2SP tlog-checkpoint) at the moment of the request.
+        log_key: the Ed25519 key (32 bytes) that signs the checkpoints.
+        gpu: the confidential GPU's own evidence, or None where the machine has none.
+    """
+
+    platform: Platform
+    report: bytes = Field(min_length=1, max_length=MAX_REPORT)
+    certificates: tuple[Annotated[bytes, Field(min_length=1, max_length=MAX_CERTIFICATE)], ...] = Field(
+        max_length=MAX_CERTIFICATES
+    )
+    checkpoint: str = Field(max_length=MAX_CHECKPOINT)
+    log_key: bytes = Field(min_length=LOG_KEY_BYTES, max_length=LOG_KEY_BYTES)
+    gpu: Annotated[bytes, Field(max_length=MAX_GPU)] | None = None

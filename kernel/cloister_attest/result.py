@@ -1,0 +1,148 @@
+"""The verdict: one answer per named check, for people and for programs."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from html import escape
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from cloister_attest.outcome import Verdict
+from cloister_data.base import Digest, Text, UnixSeconds, Wire
+from cloister_data.policy import Platform
+
+CHECK_NAMES = (
+    "format",
+    "platform",
+    "chain",
+    "root",
+    "dates",
+    "signature",
+    "binding",
+    "debug",
+    "measurement",
+    "tcb",
+    "chip",
+    "gpu",
+    "checkpoint",
+)
+"""Every appraisal answers all of these, in this order. One that is missing counts as failed."""
+
+SIMULATED_WARNING = (
+    "SIMULATED HARDWARE: nothing but a throw-away key vouches for this machine. Never use it for real data."
+)
+
+_MARKS: dict[Verdict, str] = {"pass": "pass", "fail": "FAIL", "not-applicable": "n/a"}
+
+
+class Check(Wire):
+    """One check: what it establishes (`explanation`), how it came out here and why, and the text it comes from."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
+    verdict: Verdict
+    explanation: Text
+    reason: Text
+    source: Text
+
+    @model_validator(mode="after")
+    def _reasoned(self) -> Self:
+        if self.verdict != "pass" and not self.reason:
+            raise ValueError("a check that didn't pass says why")
+        return self
+
+
+class AttestationResult(Wire):
+    """What the appraisal of one machine's evidence came to.
+
+    `measurement` and `chip` are hex and `tcb` is the security version of the platform, as the report states them
+    (empty and None where it couldn't be read); they are proven only where `ok` holds. `certificate` is the SHA-256 of
+    the TLS certificate whose key the evidence was checked against; `checkpoint` is the audit log's signed note.
+    """
+
+    platform: Platform | None
+    simulated: bool
+    checks: tuple[Check, ...] = Field(max_length=64)
+    measurement: Annotated[str, Field(pattern=r"^[0-9a-f]{0,128}$")]
+    chip: Annotated[str, Field(pattern=r"^[0-9a-f]{0,128}$")]
+    tcb: int | None
+    verified_at: UnixSeconds
+    certificate: Digest
+    checkpoint: Annotated[str, Field(max_length=8192)]
+
+    @property
+    def ok(self) -> bool:
+        """True only where every check was made, and none failed."""
+        names = {check.name for check in self.checks}
+        return names.issuperset(CHECK_NAMES) and not self.failed
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if check.verdict not in ("pass", "not-applicable"))
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def table(self) -> str:
+        """The verdict as plain text."""
+        lines = [SIMULATED_WARNING, ""] if self.simulated else []
+        lines += [self._headline(), ""]
+        lines += [
+            f"{number:>3}  {_MARKS[check.verdict]:<4}  {check.name:<12}  {check.reason}"
+            for number, check in enumerate(self.checks, 1)
+        ]
+        lines += ["", *(f"{name}: {value}" for name, value in self._facts())]
+        return "\n".join(_printable(line) for line in lines)
+
+    def _repr_html_(self) -> str:
+        colours: dict[Verdict, str] = {"pass": "#1a7f37", "fail": "#cf222e", "not-applicable": "#6e7781"}
+        rows = "".join(
+            f'<tr title="{escape(check.explanation)} ({escape(check.source)})"><td>{number}</td>'
+            f'<td style="color:{colours[check.verdict]};font-weight:bold">{_MARKS[check.verdict]}</td>'
+            f'<td style="text-align:left">{escape(check.name)}</td>'
+            f'<td style="text-align:left">{escape(_printable(check.reason))}</td></tr>'
+            for number, check in enumerate(self.checks, 1)
+        )
+        warning = (
+            f'<p style="background:#fff8c5;color:#4d2d00;border:1px solid #d4a72c;padding:.4em">'
+            f"<b>{escape(SIMULATED_WARNING)}</b></p>"
+            if self.simulated
+            else ""
+        )
+        facts = "".join(
+            f'<li>{escape(name)}: <code style="overflow-wrap:anywhere">{escape(_printable(value))}</code></li>'
+            for name, value in self._facts()
+        )
+        return (
+            f'<div class="cloister-attestation">{warning}<p><b>{escape(self._headline())}</b></p>'
+            f"<table><thead><tr><th></th><th>verdict</th><th>check</th><th>why</th></tr></thead>"
+            f"<tbody>{rows}</tbody></table><ul>{facts}</ul></div>"
+        )
+
+    def _headline(self) -> str:
+        when = _when(self.verified_at)
+        if self.ok:
+            return f"Verified: the evidence holds ({self.platform}, {when})."
+        failed = ", ".join(check.name for check in self.failed) or "checks are missing"
+        return f"REFUSED: the evidence doesn't hold ({failed}; {when})."
+
+    def _facts(self) -> list[tuple[str, str]]:
+        return [
+            ("platform", self.platform or "unknown"),
+            ("measurement", self.measurement or "unknown"),
+            ("chip", self.chip or "unknown"),
+            ("tcb", "unknown" if self.tcb is None else str(self.tcb)),
+            ("certificate", self.certificate),
+        ]
+
+
+def _when(seconds: int) -> str:
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (OverflowError, OSError, ValueError):
+        return f"{seconds} s"
+
+
+def _printable(line: str) -> str:
+    """Without control characters: a verdict is printed on terminals, and parts of it come from elsewhere."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line)

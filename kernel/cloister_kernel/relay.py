@@ -1,0 +1,117 @@
+"""Between one kernel's ZeroMQ sockets and the link to its laptop (the VM's side).
+
+Messages cross it as ZeroMQ parts: the identities before `<IDS|MSG>` find their way back by themselves, and only the
+signature is exchanged: empty on the link, made with the kernel's key towards the kernel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from cloister_data.framing import Channel, ChannelFrame, FrameKind
+from cloister_kernel.link import Link
+from cloister_kernel.overflow import Overflow
+from cloister_kernel.pump import Send, carry
+from cloister_kernel.signing import DELIMITER, with_signature, without_signature
+
+QUIET_SECONDS = 0.1
+DRAIN_SECONDS = 3.0
+
+
+class KernelRelay:
+    """The relay of one kernel: it outlives the connections, and ends with the kernel's process."""
+
+    def __init__(self, context: zmq.asyncio.Context, paths: Mapping[Channel, str], key: bytes) -> None:
+        self.link = Link()
+        self.attached = False
+        self._key = key
+        self._sockets: dict[Channel, zmq.asyncio.Socket] = {}
+        self._connection: asyncio.Task[Any] | None = None
+        self._overflow = Overflow()
+        self._exit_code: int | None = None
+        self._busy = 0  # counts what was read, for `finish`
+        # One identity for shell, stdin and control, or the answer to input() finds no way back.
+        identity = b"cloister"
+        for channel, path in paths.items():
+            socket = context.socket(zmq.SUB if channel is Channel.IOPUB else zmq.DEALER)
+            socket.linger = 0
+            if channel is Channel.IOPUB:
+                socket.subscribe(b"")
+            else:
+                socket.setsockopt(zmq.IDENTITY, identity)
+            socket.connect(f"ipc://{path}")
+            self._sockets[channel] = socket
+        self._readers = [asyncio.create_task(self._read(channel)) for channel in self._sockets]
+
+    async def _read(self, channel: Channel) -> None:
+        socket = self._sockets[channel]
+        while True:
+            await self.link.room.wait()
+            parts = await socket.recv_multipart()
+            self._busy += 1
+            message = without_signature(parts)
+            if message is None:
+                if parts.count(DELIMITER) == 1 and len(parts) > parts.index(DELIMITER) + 5:
+                    self._overflow.drop(parts)  # too large for one frame
+                continue
+            for posted in self._overflow.admit(channel, message, self.link.full):
+                self.link.post(channel, posted)
+
+    async def _deliver(self, frame: ChannelFrame) -> None:
+        if frame.kind is not FrameKind.DATA or frame.channel is Channel.IOPUB:
+            return
+        message = with_signature(frame.parts, self._key)
+        if message is not None:
+            await self._sockets[frame.channel].send_multipart(message)
+
+    async def serve(self, send: Send, incoming: AsyncIterator[bytes]) -> None:
+        """Carry one connection. A later one for the same kernel ends it: the laptop may have lost it long ago."""
+        previous, self._connection = self._connection, asyncio.current_task()
+        if previous is not None:
+            previous.cancel()
+            await asyncio.wait({previous})
+        self.attached = True
+        try:
+            hello = await anext(incoming, None)
+            if hello is None:
+                return
+            self.link.greeted_by_laptop(ChannelFrame.unpack(hello))
+            if self._exit_code is not None and self.link.last == 0:
+                self._post_exit(self._exit_code)  # another bridge has had it, this one hasn't
+            await send(self.link.hello().pack())
+            await carry(self.link, send, incoming, self._deliver)
+        finally:
+            if self._connection is asyncio.current_task():
+                self._connection = None
+                self.attached = False
+
+    async def finish(self, exit_code: int) -> None:
+        """The process has ended: take what it had still sent, then EXIT."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_SECONDS):
+                seen = -1
+                while seen != self._busy:
+                    seen = self._busy
+                    await asyncio.sleep(QUIET_SECONDS)
+        for reader in self._readers:
+            reader.cancel()
+        await asyncio.gather(*self._readers, return_exceptions=True)
+        for socket in self._sockets.values():
+            socket.close()
+        self._exit_code = exit_code
+        self._post_exit(exit_code)
+
+    def _post_exit(self, exit_code: int) -> None:
+        self.link.post(Channel.SHELL, (str(exit_code).encode(),), FrameKind.EXIT)
+
+    async def close(self) -> None:
+        """Break the present connection, if any."""
+        if self._connection is not None:
+            self._connection.cancel()
+            await asyncio.wait({self._connection})
