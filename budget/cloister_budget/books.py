@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from operator import add, sub
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from cloister_budget import entries
-from cloister_budget.filter import admits, admits_direct, direct_budget, limit_budgets
+from cloister_budget.filter import admits_direct, ceilings, direct_budget, limit_budgets, within
 from cloister_budget.loss import Vector, direct_delta, part_of, rdp_vector
 from cloister_budget.merkle import LogVerificationError
 from cloister_budget.orders import Orders
@@ -67,21 +67,25 @@ class DatasetBook:
 
 @dataclass(frozen=True)
 class AccountBook:
-    """`held` is spent and reserved together, over its population's orders."""
+    """An account's terms; `ceilings` are its budgets over its population's orders, as `filter.within` takes them."""
 
     ref: str
     population: str
     part: int
     scope: str
     limit: Limit | None
-    budgets: Vector
+    ceilings: Vector
     direct_budget: int
-    held: Vector
-    direct: int = 0
 
 
-@dataclass(frozen=True)
-class OpenCharge:
+class Held(NamedTuple):
+    """What an account has lost, spent and reserved together, over its population's orders, and the direct delta."""
+
+    loss: Vector
+    direct: int
+
+
+class OpenCharge(NamedTuple):
     """A charge that isn't settled: what it holds of which accounts."""
 
     losses: tuple[tuple[tuple[str, ...], Vector], ...]
@@ -100,6 +104,7 @@ class Books:
         self.populations: MutableMapping[str, PopulationBook] = _layer(base and base.populations)
         self.datasets: MutableMapping[str, DatasetBook] = _layer(base and base.datasets)
         self.accounts: MutableMapping[str, AccountBook] = _layer(base and base.accounts)
+        self.held: MutableMapping[str, Held] = _layer(base and base.held)
         self.open_charges: MutableMapping[str, OpenCharge | None] = _layer(base and base.open_charges)
 
     def draft(self) -> Books:
@@ -114,6 +119,7 @@ class Books:
             (self.populations, draft.populations),
             (self.datasets, draft.datasets),
             (self.accounts, draft.accounts),
+            (self.held, draft.held),
             (self.open_charges, draft.open_charges),
         ):
             _merge(mine, changed)
@@ -124,7 +130,7 @@ class Books:
         """Go on by one leaf. Raises BooksError; the state is then not to be used any more."""
         facts = leaf.facts
         if leaf.index != self.size:
-            raise BooksError(leaf.index, facts.kind, f"It stands where entry {self.size} belongs.")
+            raise BooksError(self.size, facts.kind, f"Entry {leaf.index} stands in its place.")
         if (self._pending is not None) != isinstance(facts, entries.LimitsSet):
             raise BooksError(leaf.index, facts.kind, "A policy's limits don't follow it at once.")
         try:
@@ -206,8 +212,8 @@ class Books:
             raise _Wrong("An account binds nobody, or the population's own account names somebody.")
         account = self.accounts.get(given.account)
         if account is None:
-            nothing = (0,) * len(population.orders)
-            account = AccountBook(given.account, name, given.part, given.scope, None, nothing, 0, nothing)
+            account = AccountBook(given.account, name, given.part, given.scope, None, (), 0)
+            self.held[given.account] = Held((0,) * len(population.orders), 0)
         if (account.population, account.part, account.scope) != (name, given.part, given.scope):
             raise _Wrong("An account was another population's, part's or scope's before.")
         if given.scope == "population" and given.account not in population.scope_accounts:
@@ -217,7 +223,7 @@ class Books:
         self.accounts[given.account] = replace(
             account,
             limit=given.limit,
-            budgets=limit_budgets(given.limit, population.orders),
+            ceilings=ceilings(limit_budgets(given.limit, population.orders)),
             direct_budget=direct_budget(given.limit),
         )
 
@@ -232,11 +238,7 @@ class Books:
             if set(given.accounts) != expected or len(given.accounts) != len(expected):
                 raise _Wrong("It isn't charged to every account that binds its user, each once.")
             for name in given.accounts:
-                account = self.accounts[name]
-                self._admit(facts, account, given.loss, at)
-                self.accounts[name] = replace(
-                    account, held=tuple(map(add, account.held, given.loss)), direct=account.direct + facts.direct
-                )
+                self.held[name] = self._with(facts, name, given.loss, at)
         if {given.population for given in facts.losses} != {self._dataset(s.dataset).population for s in facts.sources}:
             raise _Wrong("It isn't charged to the populations of its sources.")
         if len(facts.losses) != len(facts.sources):
@@ -261,15 +263,17 @@ class Books:
         found = {*own, *population.scope_accounts}
         return {each for each in found if source.part is None or self.accounts[each].part == source.part}
 
-    def _admit(self, facts: entries.ChargeReserved, account: AccountBook, loss: Vector, at: int) -> None:
+    def _with(self, facts: entries.ChargeReserved, name: str, loss: Vector, at: int) -> Held:
+        """What the account holds with the charge, which must fit it."""
+        account, before = self.accounts[name], self.held[name]
         if account.limit is None or account.limit.refuses(facts.epsilon, at):
             raise _Wrong("An account has no limit, or has expired, or caps one request below this one.")
-        nothing = (0,) * len(loss)
+        after = tuple(map(add, before.loss, loss))
         if not (
-            admits(account.budgets, account.held, nothing, loss)
-            and admits_direct(account.direct_budget, account.direct, 0, facts.direct)
+            within(account.ceilings, after) and admits_direct(account.direct_budget, before.direct, 0, facts.direct)
         ):
             raise _Wrong("It is over the limit of an account.")
+        return Held(after, before.direct + facts.direct)
 
     def _check_losses(self, facts: entries.ChargeReserved) -> None:
         """That what is charged is the mechanism's loss at the orders that the log froze, whatever the database says."""
@@ -306,10 +310,8 @@ class Books:
             rest = tuple(map(sub, whole, _part(whole, executed, charge.steps)))
             direct = charge.direct - _part((charge.direct,), executed, charge.steps)[0]
             for each in accounts:
-                account = self.accounts[each]
-                self.accounts[each] = replace(
-                    account, held=tuple(map(sub, account.held, rest)), direct=account.direct - direct
-                )
+                held = self.held[each]
+                self.held[each] = Held(tuple(map(sub, held.loss, rest)), held.direct - direct)
 
     def _close(self, charge: str) -> None:
         if isinstance(self.open_charges, dict):

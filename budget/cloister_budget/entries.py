@@ -19,6 +19,9 @@ from cloister_data.policy import Limit, Operation, Platform, Sandbox
 MAX_PAYLOAD_BYTES = 1 << 16
 """Largest leaf."""
 
+COARSE_SECONDS = 60
+"""A leaf's time is rounded down to this: finer times would tell how long a job took."""
+
 LIMITS_IN_A_LEAF = 100
 MEMBERS_IN_A_LEAF = 300
 """A policy's limits take as many leaves as they need: `in_leaves` keeps each below `MAX_PAYLOAD_BYTES`."""

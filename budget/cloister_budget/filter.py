@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from decimal import ROUND_FLOOR, Decimal, localcontext
 from fractions import Fraction
+from operator import le
 
 from cloister_budget.loss import UNIT, Vector
 from cloister_budget.orders import DIRECT_SHARE, DIRECT_UNIT, PRECISION, SHARE_UNIT, Orders
@@ -41,6 +42,16 @@ def admits(budgets: Vector, spent: Sequence[int], reserved: Sequence[int], charg
         for budget, done, held, asked in zip(budgets, spent, reserved, charge, strict=True)
     ]
     return any(fits)
+
+
+def ceilings(budgets: Vector) -> Vector:
+    """What the sums of an account may reach at each order, for `within`: below 0 where an order never admits."""
+    return tuple(budget if budget > 0 else -1 for budget in budgets)
+
+
+def within(highest: Vector, sums: Vector) -> bool:
+    """As `admits`, of `ceilings` and of sums that hold the charge already; fast, for whole logs."""
+    return any(map(le, sums, highest))
 
 
 def direct_budget(limit: Limit) -> int:

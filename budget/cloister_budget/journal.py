@@ -19,9 +19,10 @@ from sqlalchemy.orm import Session
 from cloister_budget import merkle
 from cloister_budget.books import Books, BooksError
 from cloister_budget.entries import Entry, LeafBody
-from cloister_budget.log import AuditLog, reader, size
-from cloister_budget.names import NameKind, Names
+from cloister_budget.log import Added, AuditLog, reader, size
+from cloister_budget.names import Names
 from cloister_budget.tables import Leaf, LogHead
+from cloister_data.audit import NameKind
 from cloister_data.checkpoint import CheckpointError, verify_checkpoint
 from cloister_data.errors import StorageError
 
@@ -61,8 +62,8 @@ class Journal:
             self._catch_up(s, size(s))
             return self._books.log_keys[-1] if self._books.log_keys else None
 
-    def append(self, s: Session, entry: Entry) -> int:
-        """Add a leaf; answers its index. As `AuditLog.append`: last in the transaction, and gone with it.
+    def append(self, s: Session, entry: Entry) -> Added:
+        """Add a leaf. As `AuditLog.add`: last in the transaction, and gone with it.
 
         Raises StorageError where the books don't admit it: the database isn't what this cloister wrote.
         """
@@ -73,7 +74,7 @@ class Journal:
         except BooksError as error:
             raise _edited(error.why) from error
         draft.hashes.append(added.hash)
-        return added.index
+        return added
 
     def _begin(self, s: Session, index: int) -> _Draft:
         """A draft over the books up to `index`. The log's lock is held: nobody appends meanwhile."""

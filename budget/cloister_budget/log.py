@@ -15,7 +15,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from cloister_budget import merkle
-from cloister_budget.entries import MAX_PAYLOAD_BYTES
+from cloister_budget.entries import COARSE_SECONDS, MAX_PAYLOAD_BYTES
 from cloister_budget.statements import Statement
 from cloister_budget.tables import Leaf, LogHash, LogHead
 from cloister_data.base import Wire
@@ -24,9 +24,6 @@ from cloister_data.errors import StorageError
 
 LOG_LOCK = 0x436C6F69_02
 """Key of the PostgreSQL advisory lock under which leaves are appended; it is held until the transaction ends."""
-
-COARSE_SECONDS = 60
-"""A leaf's time is rounded down to this: finer times would tell how long a job took."""
 
 _EDGE = "cloister_log_edge"
 """Under this name a session knows the log's edge as its transaction has left it."""
@@ -63,11 +60,20 @@ Facts = Wire | Mapping[str, str | int | bool | None]
 
 @dataclass(frozen=True)
 class Added:
-    """A leaf as it was written: its place, its coarse time in Unix seconds, and its hash (32 bytes)."""
+    """A leaf as it was written: its place, its coarse time in Unix seconds, its bytes and their hash (32 bytes)."""
 
     index: int
     at: int
+    payload: bytes
     hash: bytes
+
+
+@dataclass(frozen=True)
+class Proof:
+    """An inclusion proof (RFC 6962 section 2.1.1, 32 bytes each) to the root in the signed checkpoint."""
+
+    inclusion: tuple[bytes, ...]
+    checkpoint: str
 
 
 class AuditLog:
@@ -106,7 +112,7 @@ class AuditLog:
         _ADD_LEAF.run(s, {"index": index, "kind": kind, "at": at, "payload": payload, "hash": hashed})
         _ADD_HASHES.run_many(s, [{"level": level, "index": place, "hash": found} for level, place, found in gained])
         s.info[_EDGE] = edge.grown(gained)
-        return Added(index, at, hashed)
+        return Added(index, at, payload, hashed)
 
     def _stored_edge(self, s: Session) -> Edge:
         """The stored log's right edge, once it is shown to extend the head that this guard saw last.
@@ -145,6 +151,20 @@ class AuditLog:
         event.listen(s, "before_commit", before_commit, once=True)
         event.listen(s, "after_commit", after_commit, once=True)
         return edge
+
+    def prove(self, s: Session, index: int) -> Proof:
+        """That the leaf is in the log as the transaction sees it, its own leaves among it."""
+        leaves = size(s)
+        places = merkle.edge(leaves)
+
+        def note(level: int, place: int) -> bytes:
+            places.append((level, place))
+            return merkle.EMPTY_ROOT
+
+        # Once to learn which hashes it takes, which are then read together, and once with them.
+        merkle.inclusion_proof(index, leaves, note)
+        read = Edge(leaves, _stored_hashes(s, sorted(set(places)))[1]).read
+        return Proof(tuple(merkle.inclusion_proof(index, leaves, read)), self._signed(leaves, read))
 
     def checkpoint(self, s: Session) -> str:
         """A signed note over all leaves that the transaction sees."""

@@ -6,27 +6,18 @@ once the row is gone, nobody can tell, and nobody can put another name in its pl
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import threading
-from typing import Literal
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from cloister_budget.refs import SALT_BYTES, ref_of
 from cloister_budget.tables import Name
+from cloister_data.audit import NameKind
 
-NameKind = Literal["user", "dataset", "population", "account"]
-
-SALT_BYTES = 16
-_LABEL = b"cloister/name/v1\n"
 _FRESH = "cloister_fresh_names"
 """Under this name a session knows the refs that its own transaction made."""
-
-
-def ref_of(kind: str, name: str, salt: bytes) -> str:
-    """SHA-256(label || salt || kind || newline || name), 64 hex digits."""
-    return hashlib.sha256(_LABEL + salt + kind.encode() + b"\n" + name.encode()).hexdigest()
 
 
 class Names:

@@ -283,7 +283,7 @@ class BudgetRequestRow(Base):
 
 
 class Name(Base):
-    """What a ref of the audit log stands for (`names.ref_of`); erased, the log holds no name any more."""
+    """What a ref of the audit log stands for (`refs.ref_of`); erased, the log holds no name any more."""
 
     __tablename__ = "names"
     __table_args__ = (UniqueConstraint("kind", "name"),)
@@ -292,6 +292,15 @@ class Name(Base):
     kind: Mapped[str] = mapped_column(String(16))
     salt: Mapped[bytes]
     name: Mapped[str] = mapped_column(String(400))
+
+
+class EvidenceRow(Base):
+    """The evidence record of one start, by the digest of its evidence."""
+
+    __tablename__ = "evidence"
+
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    record_json: Mapped[str] = mapped_column(Text)
 
 
 class Leaf(Base):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from cloister_data.accounts import ChargeView
 from cloister_data.base import DatasetName, Digest, Identifier, Label, Text, UnixSeconds, UserName, Wire
+from cloister_data.checkpoint import MAX_SIZE
 from cloister_data.mechanism import Adjacency, Mechanism
 from cloister_data.statistics import MAX_GROUPS, Estimate
 
@@ -43,13 +44,17 @@ class ReceiptContent(Wire):
 
 
 class Receipt(ReceiptContent):
-    """Proof of one release, to be kept by whoever got it.
+    """Proof of one release, to be kept by whoever got it: `cloister_budget.receipts` verifies it.
 
-    `leaf` is the index of the release's leaf in the audit log and `checkpoint` a signed checkpoint that covers it.
+    `leaf` is the index of the release's entry in the audit log, `entry` the bytes that its hash covers, and `inclusion`
+    the proof (RFC 6962, 32 bytes each) that it is in the log of `checkpoint`, which `log_key` (32 bytes) signed.
     """
 
-    leaf: int
+    leaf: int = Field(ge=0, le=MAX_SIZE)
+    entry: bytes = Field(max_length=1 << 16)
+    inclusion: tuple[Annotated[bytes, Field(min_length=32, max_length=32)], ...] = Field(max_length=64)
     checkpoint: Text
+    log_key: bytes = Field(min_length=32, max_length=32)
     rollback: Literal["not prevented", "prevented by witness"]
 
 

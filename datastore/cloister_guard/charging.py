@@ -16,8 +16,8 @@ from cloister_budget.journal import Journal
 from cloister_budget.ledger import Ledger, Reservation, Reserved
 from cloister_budget.limits import population_of
 from cloister_budget.loss import tight_epsilon
-from cloister_budget.names import NameKind
 from cloister_budget.tables import Population
+from cloister_data.audit import NameKind
 from cloister_data.base import Wire
 from cloister_data.errors import StorageError
 from cloister_data.events import AccountEvent

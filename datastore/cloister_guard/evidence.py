@@ -8,12 +8,13 @@ import secrets
 from cloister_attest.binding import report_data
 from cloister_attest.channel import ServerIdentity, make_server_identity
 from cloister_attest.collect import Attester
-from cloister_attest.evidence import Evidence
+from cloister_attest.evidence import NONCE_BYTES, Evidence, EvidenceRecord
 from cloister_budget.database import Database
 from cloister_budget.entries import GuardStarted
 from cloister_budget.journal import Journal
 from cloister_budget.log import reader, size
 from cloister_budget.merkle import consistency_proof
+from cloister_budget.tables import EvidenceRow
 from cloister_data.consistency import ConsistencyProof, ConsistencyRequest
 
 
@@ -39,10 +40,13 @@ class EvidenceDesk:
         return self.platform == "simulated"
 
     def record_start(self) -> None:
-        """Collect evidence once and make its digest a leaf: receipts name it."""
-        evidence = self.answer(secrets.token_bytes(32))
+        """Collect evidence once and make its digest a leaf: receipts name it. What it takes to appraise it is kept."""
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        evidence = self.answer(nonce)
         self.start_digest = evidence.digest()
+        record = EvidenceRecord(evidence=evidence, nonce=nonce, certificate=self.identity.certificate_der)
         with self._database.write() as session:
+            session.add(EvidenceRow(digest=self.start_digest, record_json=record.model_dump_json()))
             self._journal.append(
                 session,
                 GuardStarted(

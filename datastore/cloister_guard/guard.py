@@ -31,6 +31,7 @@ from cloister_data.policy import Policy, SignedPolicy
 from cloister_data.requests import BudgetAnswer, BudgetRequest, BudgetRequestView
 from cloister_guard.access import visible_datasets
 from cloister_guard.answers import Answers, WorkerPool
+from cloister_guard.audit import AuditReader
 from cloister_guard.catalogue import Catalogue
 from cloister_guard.charging import Charging
 from cloister_guard.config import GuardConfig
@@ -79,6 +80,7 @@ class Guard:
         self.evidence = EvidenceDesk(
             attester_for(config.platform, config.state_dir), self.database, self.journal, config.name
         )
+        self.audit = AuditReader(self.database, self.journal)
         keys = FileKeyProvider(config.state_dir / "master.key", platform=config.platform)
         self.store = DatasetStore(config.state_dir / "data", keys)
         self.models = ModelStore(config.state_dir / "models")

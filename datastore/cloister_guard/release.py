@@ -79,6 +79,7 @@ class ReleaseDesk:
         leaf = self._journal.append(
             session, Released(release=release_id, charge=answer.charge, receipt=content.digest(), steps=steps)
         )
+        proof = self._journal.log.prove(session, leaf.index)
         release = Release(
             release=release_id,
             kind=answer.kind,
@@ -87,8 +88,11 @@ class ReleaseDesk:
             charge=charge,
             receipt=Receipt(
                 **dict(content),
-                leaf=leaf,
-                checkpoint=self._journal.log.checkpoint(session),
+                leaf=leaf.index,
+                entry=leaf.payload,
+                inclusion=proof.inclusion,
+                checkpoint=proof.checkpoint,
+                log_key=self._journal.log.public_key,
                 rollback="not prevented",
             ),
         )

@@ -141,7 +141,7 @@ class Profile(Wire):
 
     def save(self) -> None:
         """Write the profile, over an earlier one of the same name. Raises StorageError."""
-        _write_private(self.directory / "profile.json", self.to_json())
+        write_private(self.directory / "profile.json", self.to_json())
 
     def policy(self) -> AttestationPolicy:
         """The trust file, read anew. Raises ConfigurationError."""
@@ -153,7 +153,7 @@ class Profile(Wire):
         return stored.answer if stored is not None and stored.url == self.url else None
 
     def store_token(self, answer: LoginAnswer) -> None:
-        _write_private(self.directory / "token.json", _StoredToken(url=self.url, answer=answer).to_json())
+        write_private(self.directory / "token.json", _StoredToken(url=self.url, answer=answer).to_json())
 
     def forget_token(self) -> None:
         try:
@@ -174,7 +174,7 @@ class Profile(Wire):
         with self._locked():
             known = self.remembered()
             if known is None or known.size <= fresh.size:
-                _write_private(self.directory / "checkpoint.json", fresh.to_json())
+                write_private(self.directory / "checkpoint.json", fresh.to_json())
 
     def owner_key(self, *, create: bool = False) -> Ed25519PrivateKey:
         """The owner's signing key. It is made where absent only if `create` says so. Raises ConfigurationError."""
@@ -188,9 +188,9 @@ class Profile(Wire):
                         next_step=f"Upload a dataset first, or copy the key to {path} (mode 0600).",
                     )
                 key = Ed25519PrivateKey.generate()
-                _write_private(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+                write_private(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
                 return key
-            content = _read(path, secret=True)
+            content = read_bounded(path, secret=True)
         try:
             loaded = load_pem_private_key(content, None)
         except (ValueError, TypeError) as error:
@@ -291,7 +291,7 @@ def _make_private(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
 
-def _write_private(path: Path, content: bytes) -> None:
+def write_private(path: Path, content: bytes) -> None:
     """Replace `path` whole or not at all; nobody else may read it at any moment."""
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
@@ -307,8 +307,11 @@ def _write_private(path: Path, content: bytes) -> None:
         raise _cannot_write(path, error) from error
 
 
-def _read(path: Path, *, secret: bool = False) -> bytes:
-    """Raises ConfigurationError, also for a secret that other users may read; FileNotFoundError passes."""
+def read_bounded(path: Path, *, secret: bool = False, limit: int = MAX_FILE) -> bytes:
+    """At most `limit` bytes. Raises ConfigurationError, also for a secret that other users may read.
+
+    FileNotFoundError passes.
+    """
     try:
         with path.open("rb") as file:
             if secret and stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
@@ -317,19 +320,19 @@ def _read(path: Path, *, secret: bool = False) -> bytes:
                     why="It holds a secret.",
                     next_step=f"Close it: chmod 600 {path}.",
                 )
-            content = file.read(MAX_FILE + 1)
+            content = file.read(limit + 1)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise ConfigurationError(f"{path} can't be read.", why=f"{error.strerror}.") from error
-    if len(content) > MAX_FILE:
-        raise ConfigurationError(f"{path} is larger than {MAX_FILE} bytes.")
+    if len(content) > limit:
+        raise ConfigurationError(f"{path} is larger than {limit} bytes.")
     return content
 
 
 def _read_wire(path: Path, kind: type[W], *, secret: bool = False) -> W | None:
     try:
-        return kind.from_json(_read(path, secret=secret))
+        return kind.from_json(read_bounded(path, secret=secret))
     except FileNotFoundError:
         return None
     except ValidationError as error:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-from cloister import rendering
+from cloister import receipts, rendering
 from cloister.connection import current
 from cloister_data import release as wire
 from cloister_data.accounts import ChargeView
@@ -54,6 +55,10 @@ class Release:
     @property
     def receipt(self) -> wire.Receipt:
         return self._message.receipt
+
+    def save_receipt(self, path: str | Path) -> None:
+        """Write the receipt, with the evidence behind it, to a file that `cloister audit verify` checks offline."""
+        receipts.save(receipts.fetch(current(), self.receipt), Path(path))
 
     @property
     def epsilon(self) -> float:

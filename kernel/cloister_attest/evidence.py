@@ -51,3 +51,15 @@ class Evidence(Wire):
     checkpoint: str = Field(max_length=MAX_CHECKPOINT)
     log_key: bytes = Field(min_length=LOG_KEY_BYTES, max_length=LOG_KEY_BYTES)
     gpu: Annotated[bytes, Field(max_length=MAX_GPU)] | None = None
+
+
+class EvidenceRecord(Wire):
+    """The evidence of one start of a guard, with all that an appraisal needs: whoever keeps it can make it again.
+
+    `nonce` (32 bytes) is the guard's own; `certificate` is the TLS certificate (DER) that the evidence is bound to. The
+    digest of `evidence` is in the `guard-started` entry of the audit log and in every receipt of that start.
+    """
+
+    evidence: Evidence
+    nonce: bytes = Field(min_length=NONCE_BYTES, max_length=NONCE_BYTES)
+    certificate: bytes = Field(min_length=1, max_length=MAX_CERTIFICATE)

@@ -34,8 +34,9 @@ from cloister_budget.entries import (
 from cloister_budget.journal import Journal
 from cloister_budget.log import AuditLog
 from cloister_budget.loss import part_of, rdp_vector
-from cloister_budget.names import Names, ref_of
+from cloister_budget.names import Names
 from cloister_budget.orders import freeze
+from cloister_budget.refs import ref_of
 from cloister_budget.tables import Leaf, Name
 from cloister_data.errors import StorageError
 from cloister_data.mechanism import DiscreteLaplace, DpSgd, Mechanism
@@ -120,16 +121,16 @@ def test_balances_follow_from_the_leaves() -> None:
     books = apply(published(), reserved(1), reserved(2, TRAINING))
     whole, once = rdp_vector(TRAINING, ORDERS), rdp_vector(FIFTH, ORDERS)
     for account in (ref("all"), ref("ann's")):
-        assert books.accounts[account].held == tuple(a + b for a, b in zip(whole, once, strict=True))
+        assert books.held[account].loss == tuple(a + b for a, b in zip(whole, once, strict=True))
     apply(books, Released(release="0" * 32, charge=f"{1:032x}", receipt=ref("r"), steps=None))
     apply(books, ChargeSettled(charge=f"{2:032x}", state="committed", steps=30))
     kept = part_of(whole, 30, 100)
-    assert books.accounts[ref("all")].held == tuple(a + b for a, b in zip(kept, once, strict=True))
+    assert books.held[ref("all")].loss == tuple(a + b for a, b in zip(kept, once, strict=True))
     assert not books.open_charges
     # What is given back whole leaves no trace.
-    before = books.accounts[ref("all")].held
+    before = books.held[ref("all")].loss
     apply(books, reserved(3), ChargeSettled(charge=f"{3:032x}", state="released", steps=None))
-    assert books.accounts[ref("all")].held == before
+    assert books.held[ref("all")].loss == before
 
 
 def test_a_draft_changes_nothing_until_it_is_taken() -> None:
@@ -266,7 +267,7 @@ def test_leaves_of_another_guard_are_read_if_a_guard_signed_for_them(database: D
             journal.append(s, Login(user=ref("ann")))
     # A leaf that one guard wrote is altered, with the hashes left, before the other has read it.
     with database.write() as s:
-        index = one.append(s, Login(user=ref("ann")))
+        index = one.append(s, Login(user=ref("ann"))).index
     with database.write() as s:
         written = s.get_one(Leaf, index)
         kept, written.payload = written.payload, written.payload.replace(ref("ann").encode(), ref("bob").encode())

@@ -5,7 +5,20 @@ from __future__ import annotations
 import subprocess
 import sys
 
-PURE = ["orders", "loss", "filter", "calibrate", "quote", "policy", "merkle"]
+PURE = [
+    "receipts",
+    "replay",
+    "refs",
+    "books",
+    "entries",
+    "orders",
+    "loss",
+    "filter",
+    "calibrate",
+    "quote",
+    "policy",
+    "merkle",
+]
 
 
 def loaded_by(modules: list[str]) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+import pymerkle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -148,3 +149,28 @@ def test_proofs_outside_the_tree_are_not_made() -> None:
             merkle.inclusion_proof(index, size, tree.read)
     with pytest.raises(ValueError, match="smaller"):
         merkle.consistency_proof(4, 3, tree.read)
+
+
+def test_an_independent_implementation_finds_the_same_heads_and_proofs() -> None:
+    """pymerkle cuts a consistency proof into other pieces, so each side verifies its own proof against the other's
+    heads; inclusion proofs consist of the same hashes."""
+    theirs, ours = pymerkle.InmemoryTree(algorithm="sha256"), Tree(0)
+    for number in range(70):
+        theirs.append_entry(b"%d" % number)
+        ours.add(b"%d" % number)
+    for size in range(1, 71):
+        root = theirs.get_root(size)
+        assert root == ours.root(size)
+        for index in range(0, size, 5):
+            proof, leaf = theirs.prove_inclusion(index + 1, size), ours.hashes[index]
+            path = merkle.inclusion_proof(index, size, ours.read)
+            assert sorted(proof.path) == sorted([leaf, *path])
+            pymerkle.verify_inclusion(leaf, ours.root(size), proof, index=index + 1, size=size)
+            merkle.verify_inclusion(leaf, index, size, path, root)
+        for first in range(1, size, 7):
+            pymerkle.verify_consistency(ours.root(first), ours.root(size), theirs.prove_consistency(first, size))
+            path = merkle.consistency_proof(first, size, ours.read)
+            merkle.verify_consistency(first, size, theirs.get_root(first), root, path)
+            if path:
+                with pytest.raises(LogVerificationError):
+                    merkle.verify_consistency(first, size, theirs.get_root(first), root, [*path[:-1], bytes(32)])

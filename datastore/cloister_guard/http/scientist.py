@@ -20,6 +20,7 @@ from cloister_guard.http.messages import answer, body_bytes, reads, takes
 from cloister_guard.identity import Caller
 
 Id = Annotated[str, Path(pattern=r"^[0-9a-f]{32}$")]
+DigestPath = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Path(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 
 
@@ -122,6 +123,14 @@ def make_router(guard: Guard, who: object) -> APIRouter:
     @router.get("/releases/{release}")
     async def release(release: Id, caller: Annotated[Caller, Depends(who)]) -> Response:
         return answer(await guard.answers.release(caller, release))
+
+    @router.get("/audit/checkpoint")
+    async def checkpoint(caller: Annotated[Caller, Depends(who)]) -> Response:
+        return answer(await anyio.to_thread.run_sync(guard.audit.state))
+
+    @router.get("/audit/evidence/{digest}")
+    async def evidence(digest: DigestPath, caller: Annotated[Caller, Depends(who)]) -> Response:
+        return answer(await anyio.to_thread.run_sync(guard.audit.evidence, digest))
 
     @router.post("/requests", status_code=201, openapi_extra=takes(BudgetRequest))
     async def ask(

@@ -37,6 +37,12 @@ def upgrade() -> None:
     )
     op.create_index(op.f("ix_charges_state"), "charges", ["state"], unique=False)
     op.create_table(
+        "evidence",
+        sa.Column("digest", sa.String(length=64), nullable=False),
+        sa.Column("record_json", sa.Text(), nullable=False),
+        sa.PrimaryKeyConstraint("digest"),
+    )
+    op.create_table(
         "leaves",
         sa.Column("index", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("kind", sa.String(length=64), nullable=False),
