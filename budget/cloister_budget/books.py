@@ -93,6 +93,14 @@ class OpenCharge(NamedTuple):
     steps: int | None
 
 
+class _Planned(NamedTuple):
+    """What requests that are alike are charged to, until a limit changes. `facts` is kept so that its id is its own."""
+
+    facts: entries.ChargeReserved
+    accounts: tuple[tuple[AccountBook, Vector], ...]
+    opened: OpenCharge
+
+
 class Books:
     """The state after some leaves. `draft` is the same state with room for leaves that may yet be undone."""
 
@@ -106,6 +114,7 @@ class Books:
         self.accounts: MutableMapping[str, AccountBook] = _layer(base and base.accounts)
         self.held: MutableMapping[str, Held] = _layer(base and base.held)
         self.open_charges: MutableMapping[str, OpenCharge | None] = _layer(base and base.open_charges)
+        self._plans: dict[int, _Planned] = {}
 
     def draft(self) -> Books:
         """A layer over this state: what is applied to it changes nothing here until `take`."""
@@ -128,27 +137,36 @@ class Books:
 
     def apply(self, leaf: entries.LeafBody) -> None:
         """Go on by one leaf. Raises BooksError; the state is then not to be used any more."""
-        facts = leaf.facts
-        if leaf.index != self.size:
-            raise BooksError(self.size, facts.kind, f"Entry {leaf.index} stands in its place.")
+        self.go_on(leaf.index, leaf.at, leaf.facts)
+
+    def go_on(self, index: int, at: int, facts: entries.Entry, charge: str | None = None) -> None:
+        """As `apply`, of a leaf's parts. `charge` stands for the one in `facts`, which many alike may share."""
+        if index != self.size:
+            raise BooksError(self.size, facts.kind, f"Entry {index} stands in its place.")
         if (self._pending is not None) != isinstance(facts, entries.LimitsSet):
-            raise BooksError(leaf.index, facts.kind, "A policy's limits don't follow it at once.")
+            raise BooksError(index, facts.kind, "A policy's limits don't follow it at once.")
         try:
-            rule = _RULES.get(type(facts))
-            if rule is not None:
-                rule(self, facts, leaf.at)
+            if isinstance(facts, entries.ChargeReserved):
+                self._reserved(facts, at, charge)
+            elif isinstance(facts, entries.ChargeSettled):
+                self._settle(charge or facts.charge, facts.steps, given_back=facts.state == "released")
+            elif isinstance(facts, entries.Released):
+                self._released(facts, charge or facts.charge)
+            elif (rule := _RULES.get(type(facts))) is not None:
+                self._plans.clear()
+                rule(self, facts)
         except _Wrong as error:
-            raise BooksError(leaf.index, facts.kind, str(error)) from None
+            raise BooksError(index, facts.kind, str(error)) from None
         self.size += 1
 
-    def _started(self, facts: entries.GuardStarted, at: int) -> None:
+    def _started(self, facts: entries.GuardStarted) -> None:
         if facts.previous_key != (self.log_keys[-1] if self.log_keys else None):
             raise _Wrong("It goes on from another log key than the last start's.")
         if facts.log_key in self.log_keys:
             raise _Wrong("Its log key was used before.")
         self.log_keys = (*self.log_keys, facts.log_key)
 
-    def _opened(self, facts: entries.PopulationOpened, at: int) -> None:
+    def _opened(self, facts: entries.PopulationOpened) -> None:
         if facts.population in self.populations:
             raise _Wrong("The population is there already.")
         self._pin(facts.owner, facts.owner_key)
@@ -163,7 +181,7 @@ class Books:
             facts.population, facts.owner, facts.owner_key, orders, facts.parts
         )
 
-    def _uploaded(self, facts: entries.Uploaded, at: int) -> None:
+    def _uploaded(self, facts: entries.Uploaded) -> None:
         population = self._population(facts.population)
         if facts.owner_key != population.owner_key:
             raise _Wrong("It was uploaded with another owner key than the one that opened the population.")
@@ -177,7 +195,7 @@ class Books:
             raise _Wrong(f"It is version {facts.version}, and the next one is {known.version + 1}.")
         self.datasets[facts.dataset] = replace(known, version=facts.version, data_schema=facts.data_schema)
 
-    def _policy(self, facts: entries.PolicySet, at: int) -> None:
+    def _policy(self, facts: entries.PolicySet) -> None:
         known = self._dataset(facts.dataset)
         if facts.owner_key != self._population(known.population).owner_key:
             raise _Wrong("It is signed by another key than the one that opened the population.")
@@ -192,7 +210,7 @@ class Books:
         )
         self._pending = facts.dataset
 
-    def _limits(self, facts: entries.LimitsSet, at: int) -> None:
+    def _limits(self, facts: entries.LimitsSet) -> None:
         known = self._dataset(facts.dataset)
         if facts.dataset != self._pending or facts.version != known.policy or not known.pending:
             raise _Wrong("They belong to no policy that just came into force.")
@@ -227,9 +245,28 @@ class Books:
             direct_budget=direct_budget(given.limit),
         )
 
-    def _reserved(self, facts: entries.ChargeReserved, at: int) -> None:
-        if self.open_charges.get(facts.charge) is not None:
+    def _reserved(self, facts: entries.ChargeReserved, at: int, charge: str | None) -> None:
+        name = charge or facts.charge
+        if self.open_charges.get(name) is not None:
             raise _Wrong("The charge is there already.")
+        planned = self._plans.get(id(facts)) if charge is not None else None
+        if planned is None:
+            planned = _Planned(facts, *self._plan(facts))
+            if charge is not None:
+                self._plans[id(facts)] = planned
+        epsilon, direct, held = facts.epsilon, facts.direct, self.held
+        for account, loss in planned.accounts:
+            if account.limit is None or account.limit.refuses(epsilon, at):
+                raise _Wrong("An account has no limit, or has expired, or caps one request below this one.")
+            before = held[account.ref]
+            after = tuple(map(add, before.loss, loss))
+            if not (within(account.ceilings, after) and admits_direct(account.direct_budget, before.direct, 0, direct)):
+                raise _Wrong("It is over the limit of an account.")
+            held[account.ref] = Held(after, before.direct + direct)
+        self.open_charges[name] = planned.opened
+
+    def _plan(self, facts: entries.ChargeReserved) -> tuple[tuple[tuple[AccountBook, Vector], ...], OpenCharge]:
+        """What the request must be charged to by the limits that are in force, and is: with what loss."""
         if facts.steps != (facts.mechanism.steps if isinstance(facts.mechanism, DpSgd) else None):
             raise _Wrong("Its steps aren't its mechanism's.")
         self._check_losses(facts)
@@ -237,14 +274,13 @@ class Books:
             expected = self._charged(facts, given.population)
             if set(given.accounts) != expected or len(given.accounts) != len(expected):
                 raise _Wrong("It isn't charged to every account that binds its user, each once.")
-            for name in given.accounts:
-                self.held[name] = self._with(facts, name, given.loss, at)
         if {given.population for given in facts.losses} != {self._dataset(s.dataset).population for s in facts.sources}:
             raise _Wrong("It isn't charged to the populations of its sources.")
         if len(facts.losses) != len(facts.sources):
             raise _Wrong("Two of its sources are about the same people.")
-        self.open_charges[facts.charge] = OpenCharge(
-            tuple((given.accounts, given.loss) for given in facts.losses), facts.direct, facts.steps
+        return (
+            tuple((self.accounts[name], given.loss) for given in facts.losses for name in given.accounts),
+            OpenCharge(tuple((given.accounts, given.loss) for given in facts.losses), facts.direct, facts.steps),
         )
 
     def _charged(self, facts: entries.ChargeReserved, name: str) -> set[str]:
@@ -263,18 +299,6 @@ class Books:
         found = {*own, *population.scope_accounts}
         return {each for each in found if source.part is None or self.accounts[each].part == source.part}
 
-    def _with(self, facts: entries.ChargeReserved, name: str, loss: Vector, at: int) -> Held:
-        """What the account holds with the charge, which must fit it."""
-        account, before = self.accounts[name], self.held[name]
-        if account.limit is None or account.limit.refuses(facts.epsilon, at):
-            raise _Wrong("An account has no limit, or has expired, or caps one request below this one.")
-        after = tuple(map(add, before.loss, loss))
-        if not (
-            within(account.ceilings, after) and admits_direct(account.direct_budget, before.direct, 0, facts.direct)
-        ):
-            raise _Wrong("It is over the limit of an account.")
-        return Held(after, before.direct + facts.direct)
-
     def _check_losses(self, facts: entries.ChargeReserved) -> None:
         """That what is charged is the mechanism's loss at the orders that the log froze, whatever the database says."""
         for given in facts.losses:
@@ -283,14 +307,11 @@ class Books:
         if direct_delta(facts.mechanism) != facts.direct:
             raise _Wrong("Its direct delta isn't its mechanism's.")
 
-    def _settled(self, facts: entries.ChargeSettled, at: int) -> None:
-        self._settle(facts.charge, facts.steps, given_back=facts.state == "released")
-
-    def _released(self, facts: entries.Released, at: int) -> None:
-        charge = self.open_charges.get(facts.charge)
+    def _released(self, facts: entries.Released, name: str) -> None:
+        charge = self.open_charges.get(name)
         if charge is not None and facts.steps != charge.steps:
             raise _Wrong("A training's model leaves, and not all of its steps were paid.")
-        self._settle(facts.charge, facts.steps, given_back=False)
+        self._settle(name, facts.steps, given_back=False)
 
     def _settle(self, name: str, steps: int | None, *, given_back: bool) -> None:
         charge = self.open_charges.get(name)
@@ -357,14 +378,11 @@ def _merge(mine: MutableMapping[str, Any], draft: Any) -> None:
     mine.update(draft.maps[0])
 
 
-_RULES: Mapping[type, Callable[[Books, Any, int], None]] = {
+_RULES: Mapping[type, Callable[[Books, Any], None]] = {
     entries.GuardStarted: Books._started,
     entries.PopulationOpened: Books._opened,
     entries.Uploaded: Books._uploaded,
     entries.PolicySet: Books._policy,
     entries.LimitsSet: Books._limits,
-    entries.ChargeReserved: Books._reserved,
-    entries.ChargeSettled: Books._settled,
-    entries.Released: Books._released,
 }
-"""What moves a balance or a limit; every other entry stands for itself."""
+"""What moves a limit, beside the charges, which move balances; every other entry stands for itself."""
