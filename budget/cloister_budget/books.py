@@ -94,10 +94,14 @@ class OpenCharge(NamedTuple):
 
 
 class _Planned(NamedTuple):
-    """What requests that are alike are charged to, until a limit changes. `facts` is kept so that its id is its own."""
+    """What requests that are alike are charged to, until a limit changes. `facts` is kept so that its id is its own.
+
+    `accounts` are (ref, ceilings, loss, direct budget); the first of them to expire does so at `expires`.
+    """
 
     facts: entries.ChargeReserved
-    accounts: tuple[tuple[AccountBook, Vector], ...]
+    accounts: tuple[tuple[str, Vector, Vector, int], ...]
+    expires: int | None
     opened: OpenCharge
 
 
@@ -251,21 +255,21 @@ class Books:
             raise _Wrong("The charge is there already.")
         planned = self._plans.get(id(facts)) if charge is not None else None
         if planned is None:
-            planned = _Planned(facts, *self._plan(facts))
+            planned = self._plan(facts)
             if charge is not None:
                 self._plans[id(facts)] = planned
-        epsilon, direct, held = facts.epsilon, facts.direct, self.held
-        for account, loss in planned.accounts:
-            if account.limit is None or account.limit.refuses(epsilon, at):
-                raise _Wrong("An account has no limit, or has expired, or caps one request below this one.")
-            before = held[account.ref]
-            after = tuple(map(add, before.loss, loss))
-            if not (within(account.ceilings, after) and admits_direct(account.direct_budget, before.direct, 0, direct)):
+        if planned.expires is not None and at >= planned.expires:
+            raise _Wrong("An account that it is charged to has expired.")
+        direct, held = facts.direct, self.held
+        for account, highest, loss, direct_highest in planned.accounts:
+            lost, direct_lost = held[account]
+            after = tuple(map(add, lost, loss))
+            if not (within(highest, after) and admits_direct(direct_highest, direct_lost, 0, direct)):
                 raise _Wrong("It is over the limit of an account.")
-            held[account.ref] = Held(after, before.direct + direct)
+            held[account] = Held(after, direct_lost + direct)
         self.open_charges[name] = planned.opened
 
-    def _plan(self, facts: entries.ChargeReserved) -> tuple[tuple[tuple[AccountBook, Vector], ...], OpenCharge]:
+    def _plan(self, facts: entries.ChargeReserved) -> _Planned:
         """What the request must be charged to by the limits that are in force, and is: with what loss."""
         if facts.steps != (facts.mechanism.steps if isinstance(facts.mechanism, DpSgd) else None):
             raise _Wrong("Its steps aren't its mechanism's.")
@@ -278,8 +282,14 @@ class Books:
             raise _Wrong("It isn't charged to the populations of its sources.")
         if len(facts.losses) != len(facts.sources):
             raise _Wrong("Two of its sources are about the same people.")
-        return (
-            tuple((self.accounts[name], given.loss) for given in facts.losses for name in given.accounts),
+        charged = [(self.accounts[name], given.loss) for given in facts.losses for name in given.accounts]
+        limits = [account.limit for account, _ in charged if account.limit is not None]
+        if len(limits) < len(charged) or any(limit.over_cap(facts.epsilon) for limit in limits):
+            raise _Wrong("An account has no limit, or caps one request below this one.")
+        return _Planned(
+            facts,
+            tuple((account.ref, account.ceilings, loss, account.direct_budget) for account, loss in charged),
+            min((limit.expires for limit in limits if limit.expires is not None), default=None),
             OpenCharge(tuple((given.accounts, given.loss) for given in facts.losses), facts.direct, facts.steps),
         )
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from decimal import ROUND_FLOOR, Decimal, localcontext
 from fractions import Fraction
+from functools import lru_cache
 from operator import le
 
 from cloister_budget.loss import UNIT, Vector
@@ -20,6 +21,7 @@ from cloister_data.policy import Limit
 _GUARD = Decimal(10) ** -40
 
 
+@lru_cache(maxsize=1024)
 def limit_budgets(limit: Limit, orders: Orders) -> Vector:
     """B_k: the largest Renyi divergence at order k that still converts to (epsilon, delta_k), rounded DOWN.
 

@@ -58,8 +58,8 @@ class Replay:
             if isinstance(leaf.facts, GuardStarted):
                 self.starts.append(Start(leaf.index, leaf.at, leaf.facts))
         else:
-            at, name, rest, index = charge.groups()
-            form = _form_of(rest)
+            at, name, index = charge.group(1, 2, 4)
+            form = _form_of(payload, *charge.span(3))
             facts = self._forms.get(form)
             if facts is None:
                 if len(self._forms) >= _MEMORY:
@@ -67,7 +67,8 @@ class Replay:
                 facts = self._forms[form] = self._parse(payload).facts
             self.books.go_on(int(index), int(at), facts, name.decode())
         self.tree.add(leaf_hash(payload))
-        self._note_root()
+        if self.tree.size in self._wanted:
+            self._note_root()
 
     def _parse(self, payload: bytes) -> LeafBody:
         try:
@@ -83,13 +84,19 @@ class Replay:
             self.roots[self.tree.size] = self.tree.root()
 
 
-def _form_of(rest: bytes) -> bytes:
-    """The bytes with a line break, which no entry that was matched holds, for the digests that are an entry's own."""
+def _form_of(payload: bytes, start: int, end: int) -> bytes:
+    """The bytes from `start` to `end`, with a line break for each digest that is an entry's own.
+
+    No entry that was matched holds a line break.
+    """
+    parts = []
     for label, digits in _ONCE:
-        at = rest.find(label)
-        if at >= 0:
-            start = at + len(label)
-            end = start + digits
-            if _HEX.fullmatch(rest, start, end + 1):
-                rest = rest[:start] + b"\n" + rest[end:]
-    return rest
+        at = payload.find(label, start, end)
+        if at < 0:
+            continue
+        at += len(label)
+        if _HEX.fullmatch(payload, at, at + digits + 1):
+            parts.append(payload[start:at])
+            start = at + digits
+    parts.append(payload[start:end])
+    return b"\n".join(parts)

@@ -35,7 +35,10 @@ class Limit(Wire):
         """Why one request of this epsilon isn't admitted at `now` (Unix seconds), whatever is left; or nothing."""
         if self.expires is not None and now >= self.expires:
             return "expired"
-        return "epsilon_cap" if self.epsilon_cap is not None and epsilon > self.epsilon_cap else ""
+        return "epsilon_cap" if self.over_cap(epsilon) else ""
+
+    def over_cap(self, epsilon: float) -> bool:
+        return self.epsilon_cap is not None and epsilon > self.epsilon_cap
 
 
 class Group(Wire):

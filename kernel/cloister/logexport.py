@@ -304,8 +304,14 @@ def _lines(path: Path, kind: type[W]) -> Iterator[W]:
 def _raw_lines(path: Path, longest: int) -> Iterator[bytes]:
     try:
         with path.open("rb") as file:
-            while line := file.readline(longest + 2):
-                yield line.removesuffix(b"\n")
+            rest = b""
+            while chunk := file.read(longest):
+                *lines, rest = (rest + chunk).split(b"\n")
+                yield from lines
+                if len(rest) > longest:
+                    break
+            if rest:
+                yield rest
     except OSError as error:
         raise ConfigurationError(
             f"{path} can't be read.", why=f"{error.strerror}.", next_step="Export the log once more."

@@ -20,7 +20,7 @@ from cloister_budget.database import Database, open_database
 from cloister_budget.entries import ChargeSettled
 from cloister_budget.filter import admits, limit_budgets
 from cloister_budget.journal import Journal
-from cloister_budget.ledger import Ledger
+from cloister_budget.ledger import Ledger, Reservation
 from cloister_budget.log import AuditLog
 from cloister_budget.loss import rdp_vector, tight_epsilon
 from cloister_budget.orders import freeze
@@ -63,9 +63,9 @@ class Clients:
     """A ledger at work as the guard uses it, its books with it. Each client is a user with an account of their own."""
 
     def __init__(self, database: Database, count: int) -> None:
-        self._database = database
+        self.database = database
         users = {f"user{number}": 500.0 for number in range(count)}
-        self._ledger: Ledger = ready(database, 500.0, **users)
+        self.ledger: Ledger = ready(database, 500.0, **users)
         self._policy = policy(500.0, **users)
         self._statistic = laplace("0.0001")
         self._log = AuditLog(Ed25519PrivateKey.from_private_bytes(bytes(32)), "benchmark/log", time.time)
@@ -81,20 +81,23 @@ class Clients:
         self._log = AuditLog(Ed25519PrivateKey.from_private_bytes(bytes(32)), "benchmark/log", time.time)
         self._journal = None
 
+    def wanted(self, client: int) -> Reservation:
+        user = f"user{client}"
+        return reservation([POPULATION, f"{POPULATION}:{user}"], self._statistic, user=user, epsilon=0.0001)
+
     def charge(self, client: int = 0) -> None:
         """Reserve and commit one statistic."""
-        user = f"user{client}"
-        wanted = reservation([POPULATION, f"{POPULATION}:{user}"], self._statistic, user=user, epsilon=0.0001)
-        with self._database.write() as s:
-            reserved = self._ledger.reserve(s, wanted)
+        wanted = self.wanted(client)
+        with self.database.write() as s:
+            reserved = self.ledger.reserve(s, wanted)
             if self._journal is None:
                 self._log.append(s, "charge-reserved", {"charge": reserved.charge_id, "request": wanted.request_digest})
             else:
                 leaf = reserved_leaf(s, self._journal, POPULATION, self._policy, wanted, reserved)
                 self._journal.append(s, leaf)
         settled = ChargeSettled(charge=reserved.charge_id, state="committed", steps=None)
-        with self._database.write() as s:
-            self._ledger.commit(s, reserved.charge_id)
+        with self.database.write() as s:
+            self.ledger.commit(s, reserved.charge_id)
             if self._journal is None:
                 self._log.append(s, settled.kind, settled)
             else:
