@@ -127,6 +127,7 @@ class Books:
     def take(self, draft: Books) -> None:
         """Make a draft's changes this state's own."""
         self.size, self.log_keys, self._pending = draft.size, draft.log_keys, draft._pending
+        self._plans.clear()
         for mine, changed in (
             (self.owners, draft.owners),
             (self.populations, draft.populations),

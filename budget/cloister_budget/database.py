@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,23 @@ from cloister_data.errors import ConfigurationError, ConflictError, StorageError
 BUSY_SECONDS = 30
 _WRITES = "cloister_writes"
 """Under this name a connection to SQLite knows whether it may write."""
+_AFTER = "cloister_after_commit"
+"""Under this name a session knows what is to be done when its transaction has committed."""
+
+
+class _Session(Session):
+    """A session of this module's own, so that listeners on it are nobody else's."""
+
+
+def after_commit(s: Session, work: Callable[[], None]) -> None:
+    """Have `work` done when the session's transaction has committed, and never where it was rolled back."""
+    s.info.setdefault(_AFTER, []).append(work)
+
+
+@event.listens_for(_Session, "after_commit")
+def _committed(s: Session) -> None:
+    for work in s.info.pop(_AFTER, ()):
+        work()
 
 
 class Database:
@@ -61,7 +78,7 @@ class Database:
 
     def _transaction(self) -> Iterator[Session]:
         try:
-            with Session(self._writers, expire_on_commit=False) as session:
+            with _Session(self._writers, expire_on_commit=False) as session:
                 session.begin()
                 session.connection()
                 yield session
@@ -81,7 +98,7 @@ class Database:
             StorageError: the database can't be read.
         """
         try:
-            with Session(self._readers, expire_on_commit=False) as session:
+            with _Session(self._readers, expire_on_commit=False) as session:
                 yield session
         except (StatementError, PoolTimeoutError) as error:
             raise storage_failure() from error

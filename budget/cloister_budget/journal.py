@@ -7,23 +7,23 @@ admits and the books don't is never written, and nothing is computed or released
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pydantic import ValidationError
-from sqlalchemy import event, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from cloister_budget import merkle
 from cloister_budget.books import Books, BooksError
+from cloister_budget.database import after_commit
 from cloister_budget.entries import Entry, LeafBody
 from cloister_budget.log import Added, AuditLog, reader, size
 from cloister_budget.names import Names
+from cloister_budget.replay import Replay
 from cloister_budget.tables import Leaf, LogHead
 from cloister_data.audit import NameKind
-from cloister_data.checkpoint import CheckpointError, verify_checkpoint
+from cloister_data.checkpoint import Checkpoint
 from cloister_data.errors import StorageError
 
 _DRAFT = "cloister_books"
@@ -39,9 +39,8 @@ class Journal:
     def __init__(self, log: AuditLog) -> None:
         self.log = log
         self._names = Names()
-        self._books = Books()
-        # Over the same leaves as the books, hashed here: the stored hashes are the database's word.
-        self._tree = merkle.Growing()
+        # The books, and a tree over the same leaves, hashed here: the stored hashes are the database's word.
+        self._read = Replay()
         self._lock = threading.Lock()
 
     def ref(self, s: Session, kind: NameKind, name: str) -> str:
@@ -60,15 +59,15 @@ class Journal:
         """The log key (hex) of the last start in the log, for the next one to go on from. Raises as `open` does."""
         with self._lock:
             self._catch_up(s, size(s))
-            return self._books.log_keys[-1] if self._books.log_keys else None
+            return self._read.books.log_keys[-1] if self._read.books.log_keys else None
 
     def append(self, s: Session, entry: Entry) -> Added:
         """Add a leaf. As `AuditLog.add`: last in the transaction, and gone with it.
 
         Raises StorageError where the books don't admit it: the database isn't what this cloister wrote.
         """
+        draft: _Draft = s.info.get(_DRAFT) or self._begin(s, self.log.next_index(s))
         added = self.log.add(s, entry.kind, entry)
-        draft: _Draft = s.info.get(_DRAFT) or self._begin(s, added.index)
         try:
             draft.books.apply(LeafBody(index=added.index, at=added.at, facts=entry))
         except BooksError as error:
@@ -81,63 +80,60 @@ class Journal:
         with self._lock:
             # Another guard's leaves, or another transaction's of this one that has just committed.
             self._catch_up(s, index)
-            draft = s.info[_DRAFT] = _Draft(self._books.draft(), [])
+            draft = s.info[_DRAFT] = _Draft(self._read.books.draft(), [])
 
-        def after_commit(session: Session) -> None:
-            session.info.pop(_DRAFT, None)
+        def committed() -> None:
+            s.info.pop(_DRAFT, None)
             with self._lock:
                 # Another transaction may have read this one's leaves already.
-                if self._books.size == index:
-                    self._books.take(draft.books)
+                if self._read.books.size == index:
+                    self._read.books.take(draft.books)
                     for leaf in draft.hashes:
-                        self._tree.add(leaf)
+                        self._read.tree.add(leaf)
 
-        event.listen(s, "after_commit", after_commit, once=True)
+        after_commit(s, committed)
         return draft
 
     def _catch_up(self, s: Session, end: int, told: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Read the stored leaves from where the books end up to `end`, and see that a guard signed for all of them."""
-        if self._books.size >= end:
+        if self._read.books.size >= end:
             return
         try:
             self._read_up_to(s, end, told)
             self._check_head(s)
         except BaseException:
             # What was read is not to be believed, or not all of it: the next one to ask reads everything anew.
-            self._books, self._tree = Books(), merkle.Growing()
+            self._read = Replay()
             raise
 
     def _read_up_to(self, s: Session, end: int, told: Callable[[int, int], None]) -> None:
-        while (start := self._books.size) < end:
+        while (start := self._read.books.size) < end:
             wanted = select(Leaf.payload).where(Leaf.index >= start, Leaf.index < end).order_by(Leaf.index)
-            for payload in s.scalars(wanted.limit(READ_AT_ONCE)).all():
-                self._read(payload)
-            if self._books.size == start:
+            try:
+                for payload in s.scalars(wanted.limit(READ_AT_ONCE)).all():
+                    self._read.add(payload)
+            except BooksError as error:
+                raise _edited(f"{error.what} {error.why}") from error
+            if self._read.books.size == start:
                 raise _edited("Entries are missing.")
-            if self._books.size // TOLD_EVERY > start // TOLD_EVERY:
-                told(self._books.size, end)
-
-    def _read(self, payload: bytes) -> None:
-        try:
-            self._books.apply(LeafBody.from_json(payload))
-        except ValidationError as error:
-            raise _edited(f"Entry {self._books.size} can't be read.") from error
-        except BooksError as error:
-            raise _edited(f"{error.what} {error.why}") from error
-        self._tree.add(merkle.leaf_hash(payload))
+            if self._read.books.size // TOLD_EVERY > start // TOLD_EVERY:
+                told(self._read.books.size, end)
 
     def _check_head(self, s: Session) -> None:
         """That a guard of this log signed for exactly the leaves that were read, and that the stored tree is theirs."""
-        head = s.get(LogHead, 1, populate_existing=True)
-        read = (self._tree.size, self._tree.root())
-        if merkle.root(self._tree.size, reader(s)) != read[1]:
+        books, tree = self._read.books, self._read.tree
+        try:
+            stored = merkle.root(tree.size, reader(s))
+        except merkle.LogVerificationError:
+            stored = b""
+        if stored != tree.root():
             raise _edited("Its entries don't make up its tree.")
-        for key in reversed(self._books.log_keys):
-            with contextlib.suppress(CheckpointError):
-                found = verify_checkpoint(head.note if head else "", bytes.fromhex(key))
-                if (found.size, found.root) == read:
-                    return
-        raise _edited("Its last entries are not signed for by a guard of this log.")
+        head = s.get(LogHead, 1, populate_existing=True)
+        read = Checkpoint(self.log.origin, tree.size, tree.root())
+        if head is None or not any(
+            read.is_signed(head.signature, bytes.fromhex(key)) for key in reversed(books.log_keys)
+        ):
+            raise _edited("Its last entries are not signed for by a guard of this log.")
 
 
 @dataclass(frozen=True)

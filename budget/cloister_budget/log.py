@@ -1,4 +1,8 @@
-"""The audit log: an append-only Merkle tree in the database, and signed checkpoints over it."""
+"""The audit log: an append-only Merkle tree in the database, and signed checkpoints over it.
+
+Each row holds one leaf and the hashes of the complete subtrees that it finishes. Beside them stands one signature, over
+the tree that ends with the last of them: whoever cuts entries off, or adds some, has none for what is left.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from sqlalchemy import Executable, and_, bindparam, event, func, insert, or_, select
+from sqlalchemy import Executable, bindparam, func, insert, or_, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from cloister_budget import merkle
+from cloister_budget.database import after_commit
 from cloister_budget.entries import COARSE_SECONDS, MAX_PAYLOAD_BYTES
+from cloister_budget.merkle import HASH_BYTES
 from cloister_budget.statements import Statement
-from cloister_budget.tables import Leaf, LogHash, LogHead
+from cloister_budget.tables import Leaf, LogHead
 from cloister_data.base import Wire
 from cloister_data.checkpoint import Checkpoint, check_origin, sign_checkpoint
 from cloister_data.errors import StorageError
@@ -25,34 +32,31 @@ from cloister_data.errors import StorageError
 LOG_LOCK = 0x436C6F69_02
 """Key of the PostgreSQL advisory lock under which leaves are appended; it is held until the transaction ends."""
 
-_EDGE = "cloister_log_edge"
-"""Under this name a session knows the log's edge as its transaction has left it."""
+_HEAD = "cloister_log_head"
+"""Under this name a session knows the log's end as its transaction has left it."""
 
 _LOCK = Statement(lambda _: select(func.pg_advisory_xact_lock(bindparam("key"))))
 _LAST = Statement(lambda _: select(func.max(Leaf.index)))
+_LAST_ROW = Statement(
+    lambda _: select(Leaf.index, Leaf.hashes).where(Leaf.index == select(func.max(Leaf.index)).scalar_subquery())
+)
 _ADD_LEAF = Statement(lambda _: insert(Leaf.__table__))  # type: ignore[arg-type]
-_ADD_HASHES = Statement(lambda _: insert(LogHash.__table__))  # type: ignore[arg-type]
 
 
 def _put_head(dialect: str) -> Executable:
-    if dialect == "sqlite":
-        lite = sqlite.insert(LogHead)
-        return lite.on_conflict_do_update(index_elements=["id"], set_={"note": lite.excluded.note})
-    post = postgresql.insert(LogHead)
-    return post.on_conflict_do_update(index_elements=["id"], set_={"note": post.excluded.note})
+    upsert: Any = (sqlite if dialect == "sqlite" else postgresql).insert(LogHead)
+    new = {"size": upsert.excluded.size, "signature": upsert.excluded.signature}
+    return upsert.on_conflict_do_update(index_elements=["id"], set_=new)  # type: ignore[no-any-return]
 
 
 _PUT_HEAD = Statement(_put_head)
 
 
 @lru_cache(maxsize=256)
-def _hashes(count: int) -> Statement:
-    places = [
-        and_(LogHash.level == bindparam(f"level{number}"), LogHash.index == bindparam(f"index{number}"))
-        for number in range(count)
-    ]
+def _rows(count: int) -> Statement:
+    wanted = [Leaf.index == bindparam(f"index{number}") for number in range(count)]
     last = select(func.max(Leaf.index)).scalar_subquery()
-    return Statement(lambda _: select(LogHash.level, LogHash.index, LogHash.hash, last).where(or_(*places)))
+    return Statement(lambda _: select(Leaf.index, Leaf.hashes, last).where(or_(*wanted)))
 
 
 Facts = Wire | Mapping[str, str | int | bool | None]
@@ -80,8 +84,8 @@ class AuditLog:
     """Appends leaves in the caller's transaction, and signs checkpoints. `origin` names the cloister's log."""
 
     def __init__(self, key: Ed25519PrivateKey, origin: str, clock: Callable[[], float] = time.time) -> None:
-        self._key, self._origin, self._clock = key, check_origin(origin), clock
-        self._head: tuple[int, bytes] | None = None
+        self._key, self.origin, self._clock = key, check_origin(origin), clock
+        self._head: _Head | None = None
         self._head_lock = threading.Lock()
 
     @property
@@ -101,56 +105,66 @@ class AuditLog:
         """
         if s.in_nested_transaction():
             raise RuntimeError("a leaf is appended outside savepoints: what it follows must not be undone under it")
-        if s.connection().dialect.name == "postgresql":
-            _LOCK.run(s, {"key": LOG_LOCK})
-        edge: Edge = s.info.get(_EDGE) or self._stored_edge(s)
+        edge = self._end(s)
         index = edge.size
         at = coarse(self._clock())
         payload = _payload(index, kind, at, facts)
         hashed = merkle.leaf_hash(payload)
         gained = merkle.append(index, hashed, edge.read)
-        _ADD_LEAF.run(s, {"index": index, "kind": kind, "at": at, "payload": payload, "hash": hashed})
-        _ADD_HASHES.run_many(s, [{"level": level, "index": place, "hash": found} for level, place, found in gained])
-        s.info[_EDGE] = edge.grown(gained)
+        edge = edge.grown(gained)
+        hashes = b"".join(found for _, _, found in gained)
+        _ADD_LEAF.run(s, {"index": index, "kind": kind, "at": at, "payload": payload, "hashes": hashes})
+        signature = self._key.sign(self._checkpoint(edge.size, edge.read).body().encode())
+        _PUT_HEAD.run(s, {"id": 1, "size": edge.size, "signature": signature})
+        s.info[_HEAD] = _Head(edge, hashes)
         return Added(index, at, payload, hashed)
+
+    def next_index(self, s: Session) -> int:
+        """The index of the next leaf. The log is this transaction's alone from here on."""
+        return self._end(s).size
+
+    def _end(self, s: Session) -> Edge:
+        """The log's right edge as the transaction sees it; the first time, the log's lock is taken."""
+        known: _Head | None = s.info.get(_HEAD)
+        if known is None:
+            if s.connection().dialect.name == "postgresql":
+                _LOCK.run(s, {"key": LOG_LOCK})
+            known = s.info[_HEAD] = _Head(self._stored_edge(s), b"")
+            after_commit(s, lambda: self._committed(s.info.pop(_HEAD)))
+        return known.edge
+
+    def _committed(self, new: _Head) -> None:
+        if not new.hashes:
+            return  # Nothing was appended.
+        with self._head_lock:
+            if self._head is None or new.edge.size > self._head.edge.size:
+                self._head = new
 
     def _stored_edge(self, s: Session) -> Edge:
         """The stored log's right edge, once it is shown to extend the head that this guard saw last.
 
         The database is trusted to be there, not to be right: a backup put back under a running guard is noticed here.
-        When the transaction commits, its own last leaf is the new head.
         """
         head = self._head
         if head is None:
-            leaves = size(s)
-            edge = Edge(leaves, _stored_hashes(s, merkle.edge(leaves))[1])
-        else:
-            leaves, hashes = _stored_hashes(s, merkle.edge(head[0]))
-            edge = Edge(head[0], hashes)
-            if leaves < head[0] or len(hashes) < head[0].bit_count() or merkle.root(head[0], edge.read) != head[1]:
-                raise StorageError(
-                    "The audit log isn't the one that this cloister wrote.",
-                    why="Entries that were committed are gone or changed, as when an old copy of the database is put "
-                    "back.",
-                    next_step="Stop the cloister, and let the admin compare the log with its last checkpoint.",
-                )
-            if leaves > head[0]:
-                edge = Edge(leaves, _stored_hashes(s, merkle.edge(leaves))[1])
-
-        def before_commit(session: Session) -> None:
-            new: Edge = session.info[_EDGE]
-            # Leaves that no guard signed for, as somebody with the database may append them, are told by this.
-            _PUT_HEAD.run(session, {"id": 1, "note": self._signed(new.size, new.read)})
-
-        def after_commit(session: Session) -> None:
-            new: Edge = session.info.pop(_EDGE)
-            with self._head_lock:
-                if self._head is None or new.size > self._head[0]:
-                    self._head = new.size, merkle.root(new.size, new.read)
-
-        event.listen(s, "before_commit", before_commit, once=True)
-        event.listen(s, "after_commit", after_commit, once=True)
-        return edge
+            return _edge(s, size(s))
+        last = _LAST_ROW.run(s)
+        if last and last[0] == (head.edge.size - 1, head.hashes):
+            return head.edge
+        # Another guard has written, or somebody has.
+        seen = head.edge.size
+        try:
+            leaves, hashes = _stored_hashes(s, merkle.edge(seen))
+            same = leaves >= seen and merkle.root(seen, Edge(seen, hashes).read) == merkle.root(seen, head.edge.read)
+        except merkle.LogVerificationError:
+            same = False
+        if not same:
+            raise StorageError(
+                "The audit log isn't the one that this cloister wrote.",
+                why="Entries that were committed are gone or changed, as when an old copy of the database is put back.",
+                next_step="Stop the cloister, and let the admin compare the log with its last checkpoint.",
+            )
+        return _edge(s, leaves)
 
     def prove(self, s: Session, index: int) -> Proof:
         """That the leaf is in the log as the transaction sees it, its own leaves among it."""
@@ -171,7 +185,10 @@ class AuditLog:
         return self._signed(size(s), reader(s))
 
     def _signed(self, leaves: int, read: merkle.Read) -> str:
-        return sign_checkpoint(Checkpoint(self._origin, leaves, merkle.root(leaves, read)), self._key)
+        return sign_checkpoint(self._checkpoint(leaves, read), self._key)
+
+    def _checkpoint(self, leaves: int, read: merkle.Read) -> Checkpoint:
+        return Checkpoint(self.origin, leaves, merkle.root(leaves, read))
 
 
 @dataclass(frozen=True)
@@ -190,6 +207,14 @@ class Edge:
         return Edge(self.size + 1, {place: known[place] for place in merkle.edge(self.size + 1)})
 
 
+@dataclass(frozen=True)
+class _Head:
+    """The end of the log as this guard has written it: its edge, and the hashes in its last row."""
+
+    edge: Edge
+    hashes: bytes
+
+
 def coarse(seconds: float) -> int:
     """A time as leaves hold it: whole minutes, in Unix seconds."""
     return int(seconds) // COARSE_SECONDS * COARSE_SECONDS
@@ -201,16 +226,29 @@ def size(s: Session) -> int:
     return 0 if last is None else int(last) + 1
 
 
+def _edge(s: Session, leaves: int) -> Edge:
+    return Edge(leaves, _stored_hashes(s, merkle.edge(leaves))[1])
+
+
 def _stored_hashes(s: Session, places: Sequence[tuple[int, int]]) -> tuple[int, dict[tuple[int, int], bytes]]:
     """(leaves, hashes): how many leaves are stored, and those of the subtree hashes at `places` that are."""
     if not places:
         return size(s), {}
-    named: dict[str, int] = {}
-    for number, (level, index) in enumerate(places):
-        named[f"level{number}"], named[f"index{number}"] = level, index
-    rows = _hashes(len(places)).run(s, named)
-    last = rows[0][3] if rows else None
-    return 0 if last is None else last + 1, {(level, index): found for level, index, found, _ in rows}
+    indexes = sorted({_finished_by(level, index) for level, index in places})
+    rows = _rows(len(indexes)).run(s, {f"index{number}": index for number, index in enumerate(indexes)})
+    stored = {index: hashes for index, hashes, _ in rows}
+    found = {(level, index): _of_level(stored.get(_finished_by(level, index), b""), level) for level, index in places}
+    last = rows[0][2] if rows else None
+    return 0 if last is None else last + 1, {place: hashed for place, hashed in found.items() if hashed}
+
+
+def _finished_by(level: int, index: int) -> int:
+    """The leaf that finishes the index-th complete subtree of 2^level leaves, whose row holds its hash."""
+    return ((index + 1) << level) - 1
+
+
+def _of_level(hashes: bytes, level: int) -> bytes:
+    return hashes[HASH_BYTES * level : HASH_BYTES * (level + 1)]
 
 
 def _present(found: bytes | None, level: int, index: int) -> bytes:
@@ -223,8 +261,8 @@ def reader(s: Session) -> merkle.Read:
     """The stored subtree hashes."""
 
     def read(level: int, index: int) -> bytes:
-        row = s.get(LogHash, (level, index))
-        return _present(None if row is None else row.hash, level, index)
+        row = s.get(Leaf, _finished_by(level, index))
+        return _present(_of_level(row.hashes, level) or None if row else None, level, index)
 
     return read
 

@@ -304,7 +304,11 @@ class EvidenceRow(Base):
 
 
 class Leaf(Base):
-    """One entry of the audit log. `payload` is what the leaf's hash covers."""
+    """One entry of the audit log. `payload` is what the leaf's hash covers.
+
+    `hashes` are those of the complete subtrees that the leaf finishes, 32 bytes each: of 1 leaf (its own), 2, 4 and so
+    on.
+    """
 
     __tablename__ = "leaves"
 
@@ -312,23 +316,17 @@ class Leaf(Base):
     kind: Mapped[str] = mapped_column(String(64))
     at: Mapped[int]
     payload: Mapped[bytes]
-    hash: Mapped[bytes]
-
-
-class LogHash(Base):
-    """The hash of a complete subtree of 2^level leaves, the index-th of its level."""
-
-    __tablename__ = "log_hashes"
-
-    level: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    index: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    hash: Mapped[bytes]
+    hashes: Mapped[bytes]
 
 
 class LogHead(Base):
-    """The one row in which each transaction leaves the log's checkpoint, signed by the guard that wrote it."""
+    """The one row that says how many entries there are, with the signature (64 bytes) of the guard that wrote the last.
+
+    It is over the checkpoint of that tree.
+    """
 
     __tablename__ = "log_heads"
 
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    note: Mapped[str] = mapped_column(Text)
+    size: Mapped[int]
+    signature: Mapped[bytes]

@@ -41,6 +41,14 @@ class Checkpoint:
         """The three lines that are signed."""
         return f"{self.origin}\n{self.size}\n{base64.b64encode(self.root).decode()}\n"
 
+    def is_signed(self, signature: bytes, public_key: bytes) -> bool:
+        """Whether `signature` (64 bytes) is that of the key (32 bytes) over the body."""
+        try:
+            Ed25519PublicKey.from_public_bytes(public_key).verify(signature, self.body().encode())
+        except (InvalidSignature, ValueError):
+            return False
+        return True
+
 
 def key_id(name: str, public_key: bytes) -> bytes:
     """The 4 bytes by which a signed note names an Ed25519 key (signed-note, "Signatures")."""
@@ -87,6 +95,7 @@ def verify_checkpoint(note: str, public_key: bytes) -> Checkpoint:
             ours.append(value[_KEY_ID_BYTES:])
     if len(ours) != 1:
         raise CheckpointError(f"the checkpoint has {len(ours)} signatures by the log's key, where there must be one")
+    # Extension lines are signed too, so it is the note's own body that counts.
     try:
         Ed25519PublicKey.from_public_bytes(public_key).verify(ours[0], body.encode())
     except (InvalidSignature, ValueError) as error:

@@ -160,22 +160,30 @@ def test_a_stopped_guard_does_not_start_over_an_edited_log(house: House) -> None
     house.sql('UPDATE leaves SET payload = ? WHERE "index" = ?', payload.replace(b"release", b"rebates"), last)
     assert not starts()
     back()
-    # Entries are cut off with their hashes: the signed head says that there were more.
+    # An entry in the midst of it is gone.
+    house.sql('DELETE FROM leaves WHERE "index" = ?', last - 1)
+    assert not starts()
+    back()
+    # Entries are cut off, and the head says so: nobody has signed for what is left.
     house.sql('DELETE FROM leaves WHERE "index" = ?', last)
-    house.sql('DELETE FROM log_hashes WHERE (("index" + 1) << level) > ?', last)
+    house.sql("UPDATE log_heads SET size = ?", last)
     assert not starts()
     back()
     # An entry is added as a guard would, but nobody can sign for it.
     leaf = {"at": 0, "facts": {"kind": "login", "user": "0" * 64}, "index": last + 1, "v": 1}
     forged = json.dumps(leaf, sort_keys=True, separators=(",", ":")).encode()
     hashed = merkle.leaf_hash(forged)
-    known = {(level, place): found for level, place, found in house.sql('SELECT level, "index", hash FROM log_hashes')}
-    for level, place, found in merkle.append(last + 1, hashed, lambda level, place: known[level, place]):
-        house.sql('INSERT INTO log_hashes (level, "index", hash) VALUES (?, ?, ?)', level, place, found)
+    known = dict(house.sql('SELECT "index", hashes FROM leaves'))
+
+    def read(level: int, place: int) -> bytes:
+        return bytes(known[((place + 1) << level) - 1][32 * level : 32 * (level + 1)])
+
+    hashes = b"".join(found for _, _, found in merkle.append(last + 1, hashed, read))
     house.sql(
-        'INSERT INTO leaves ("index", kind, at, payload, hash) VALUES (?, ?, ?, ?, ?)',
-        last + 1, "login", 0, forged, hashed,
+        'INSERT INTO leaves ("index", kind, at, payload, hashes) VALUES (?, ?, ?, ?, ?)',
+        last + 1, "login", 0, forged, hashes,
     )  # fmt: skip
+    house.sql("UPDATE log_heads SET size = ?", last + 2)
     assert not starts()
     assert "signed for" in (house.cloister.base / "serve.log").read_text()
     back()

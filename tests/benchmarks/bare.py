@@ -13,12 +13,12 @@ from typing import Any
 import psycopg
 from sqlalchemy import make_url
 
-from cloister_budget.tables import ChargeAccount, ChargeRow, Leaf, LogHash
+from cloister_budget.tables import ChargeAccount, ChargeRow, Leaf
 
-TABLES = {"charge": ChargeRow, "part": ChargeAccount, "leaf": Leaf, "hash": LogHash}
+TABLES = {"charge": ChargeRow, "part": ChargeAccount, "leaf": Leaf}
 LOCK = "SELECT spent, reserved FROM accounts WHERE id IN (?, ?) ORDER BY id"
 UPDATE = "UPDATE accounts SET spent = ?, reserved = ? WHERE id = ?"
-HEAD = "UPDATE log_heads SET note = ? WHERE id = 1"
+HEAD = "UPDATE log_heads SET size = ?, signature = ? WHERE id = 1"
 SETTLE = "UPDATE charges SET state = 'committed', settled = ? WHERE id = ?"
 
 
@@ -39,7 +39,7 @@ class BareDatabase:
                 zip(columns, first.execute(f"SELECT {quoted} FROM {into} LIMIT 1").fetchone(), strict=True)
             )
             self._insert[name] = f"INSERT INTO {into} ({quoted}) VALUES ({', '.join('?' * len(columns))})"
-        (self._head,) = first.execute("SELECT note FROM log_heads WHERE id = 1").fetchone()
+        self._head = first.execute("SELECT size, signature FROM log_heads WHERE id = 1").fetchone()
         # Ascending like the ledger's own leaves, and out of their way.
         self._leaves = itertools.count(-(10**12))
         if not sqlite:
@@ -61,12 +61,8 @@ class BareDatabase:
                         self._add(run, "part", charge=charge, account=account)
                 else:
                     self._do(run, SETTLE, (1_800_000_000, charge))
-                index = next(self._leaves)
-                self._add(run, "leaf", index=index)
-                self._do(run, HEAD, (self._head,))
-                # A tree of n leaves has about 2n hashes.
-                for level in (0, 1):
-                    self._add(run, "hash", level=level, index=index)
+                self._add(run, "leaf", index=next(self._leaves))
+                self._do(run, HEAD, tuple(self._head))
 
     @contextmanager
     def _transaction(self, run: Any) -> Iterator[None]:

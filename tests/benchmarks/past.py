@@ -46,21 +46,20 @@ def fill(database: Database, charges: int) -> None:
 def _grow_log(s: Session, count: str, leaves: int) -> None:
     payload = s.execute(text('SELECT payload FROM leaves WHERE "index" = 0')).scalar_one()
     _run(s, "DELETE FROM leaves")
-    _run(s, "DELETE FROM log_hashes")
-    hashed = merkle.leaf_hash(bytes(payload))
     s.execute(
-        text(f'INSERT INTO leaves ("index", kind, at, payload, hash) '
-             f"SELECT n.i - 1, 'charge', 1800000000, :payload, :hash FROM {count.format(leaves)}"),
-        {"payload": bytes(payload), "hash": hashed},
+        text(f'INSERT INTO leaves ("index", kind, at, payload, hashes) '
+             f"SELECT n.i - 1, 'charge', 1800000000, :payload, :none FROM {count.format(leaves)}"),
+        {"payload": bytes(payload), "none": b""},
     )  # fmt: skip
-    level = 0
+    hashes, level = merkle.leaf_hash(bytes(payload)), 0
     while leaves >> level:
+        # The leaves that finish a subtree of this level and none above it.
         s.execute(
-            text(f'INSERT INTO log_hashes (level, "index", hash) '
-                 f"SELECT {level}, n.i - 1, :hash FROM {count.format(leaves >> level)}"),
-            {"hash": hashed},
-        )  # fmt: skip
-        hashed, level = merkle.node_hash(hashed, hashed), level + 1
+            text(f'UPDATE leaves SET hashes = :hashes WHERE "index" % {2 << level} = {(1 << level) - 1}'),
+            {"hashes": hashes},
+        )
+        newest = hashes[-merkle.HASH_BYTES :]
+        hashes, level = hashes + merkle.node_hash(newest, newest), level + 1
     if size(s) != s.query(Leaf).count():
         raise RuntimeError("the log wasn't filled")
 

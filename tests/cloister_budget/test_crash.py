@@ -19,7 +19,7 @@ from cloister_budget import merkle
 from cloister_budget.database import Database, open_database
 from cloister_budget.log import reader, size
 from cloister_budget.loss import Vector, part_of
-from cloister_budget.tables import Account, ChargeAccount, ChargeRow, Leaf, LogHash
+from cloister_budget.tables import Account, ChargeAccount, ChargeRow, Leaf
 from tests.cloister_budget.crashing import live
 from tests.fakes.ledgers import ready
 
@@ -76,9 +76,7 @@ def check(database: Database, facts: list[Fact]) -> None:
         # Leaves and charges went in together: one for the reservation, one for the settlement.
         leaves = list(s.query(Leaf).order_by(Leaf.index))
         assert len(leaves) == len(charges) + sum(row.state != "reserved" for row in charges.values())
-        check_log(leaves, {(row.level, row.index): row.hash for row in s.query(LogHash)})
-        nodes = {(row.level, row.index): row.hash for row in s.query(LogHash)}
-        assert merkle.root(size(s), reader(s)) == merkle.root(len(leaves), lambda a, b: nodes[a, b])
+        assert merkle.root(size(s), reader(s)) == check_log(leaves)
 
 
 def check_facts(charges: dict[str, ChargeRow], facts: list[Fact]) -> None:
@@ -116,13 +114,15 @@ def check_account(account: Account, charges: list[tuple[ChargeRow, Vector]]) -> 
     assert direct <= account.direct_budget
 
 
-def check_log(leaves: list[Leaf], stored: dict[tuple[int, int], bytes]) -> None:
+def check_log(leaves: list[Leaf]) -> bytes:
+    """The root, once each row holds the hashes that its leaf finishes."""
     nodes: dict[tuple[int, int], bytes] = {}
     for index, leaf in enumerate(leaves):
         assert leaf.index == index
-        assert leaf.hash == merkle.leaf_hash(leaf.payload)
-        nodes.update({(a, b): c for a, b, c in merkle.append(index, leaf.hash, lambda a, b: nodes[a, b])})
-    assert stored == nodes, "the log's tree isn't the one of its leaves"
+        gained = merkle.append(index, merkle.leaf_hash(leaf.payload), lambda a, b: nodes[a, b])
+        assert leaf.hashes == b"".join(found for _, _, found in gained), "the log's tree isn't the one of its leaves"
+        nodes.update({(level, place): found for level, place, found in gained})
+    return merkle.root(len(leaves), lambda a, b: nodes[a, b])
 
 
 def kill(new_url: Callable[[], str], kills: int) -> None:
