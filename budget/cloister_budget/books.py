@@ -9,19 +9,27 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache
 from operator import add, sub
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from cloister_budget import entries
+from cloister_budget.book_types import (
+    AccountBook,
+    DatasetBook,
+    Held,
+    OpenCharge,
+    PopulationBook,
+    TermsBook,
+)
 from cloister_budget.filter import admits_direct, ceilings, direct_budget, limit_budgets, within
 from cloister_budget.loss import Vector, direct_delta, part_of, rdp_vector
 from cloister_budget.merkle import LogVerificationError
 from cloister_budget.orders import Orders
 from cloister_data.mechanism import DpSgd, Mechanism
-from cloister_data.policy import Limit
+from cloister_data.terms import Gap
 
 
 class BooksError(LogVerificationError):
@@ -36,61 +44,6 @@ class BooksError(LogVerificationError):
             next_step="Rely on nothing that came after it; ask the operator and the data's owner.",
         )
         self.leaf = leaf
-
-
-@dataclass(frozen=True)
-class PopulationBook:
-    """`scope_accounts` are the population's own accounts, one for each part."""
-
-    ref: str
-    owner: str
-    owner_key: str
-    orders: Orders
-    parts: int
-    datasets: tuple[str, ...] = ()
-    scope_accounts: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class DatasetBook:
-    """`pending` limits leaves of the policy in force are still to come; `bound` are each user's accounts by it."""
-
-    ref: str
-    population: str
-    version: int
-    data_schema: str
-    policy: int = 0
-    policy_digest: str = ""
-    pending: int = 0
-    bound: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
-
-
-@dataclass(frozen=True)
-class AccountBook:
-    """An account's terms; `ceilings` are its budgets over its population's orders, as `filter.within` takes them."""
-
-    ref: str
-    population: str
-    part: int
-    scope: str
-    limit: Limit | None
-    ceilings: Vector
-    direct_budget: int
-
-
-class Held(NamedTuple):
-    """What an account has lost, spent and reserved together, over its population's orders, and the direct delta."""
-
-    loss: Vector
-    direct: int
-
-
-class OpenCharge(NamedTuple):
-    """A charge that isn't settled: what it holds of which accounts."""
-
-    losses: tuple[tuple[tuple[str, ...], Vector], ...]
-    direct: int
-    steps: int | None
 
 
 class _Planned(NamedTuple):
@@ -113,6 +66,8 @@ class Books:
         self.log_keys: tuple[str, ...] = () if base is None else base.log_keys
         self._pending: str | None = None if base is None else base._pending
         self.owners: MutableMapping[str, str] = _layer(base and base.owners)
+        self.terms: MutableMapping[str, TermsBook] = _layer(base and base.terms)
+        self.gaps: Mapping[str, Gap] = {} if base is None else base.gaps
         self.populations: MutableMapping[str, PopulationBook] = _layer(base and base.populations)
         self.datasets: MutableMapping[str, DatasetBook] = _layer(base and base.datasets)
         self.accounts: MutableMapping[str, AccountBook] = _layer(base and base.accounts)
@@ -127,9 +82,11 @@ class Books:
     def take(self, draft: Books) -> None:
         """Make a draft's changes this state's own."""
         self.size, self.log_keys, self._pending = draft.size, draft.log_keys, draft._pending
+        self.gaps = draft.gaps
         self._plans.clear()
         for mine, changed in (
             (self.owners, draft.owners),
+            (self.terms, draft.terms),
             (self.populations, draft.populations),
             (self.datasets, draft.datasets),
             (self.accounts, draft.accounts),
@@ -171,6 +128,32 @@ class Books:
             raise _Wrong("Its log key was used before.")
         self.log_keys = (*self.log_keys, facts.log_key)
 
+    def _terms(self, facts: entries.OwnerTermsSet) -> None:
+        self._pin(facts.owner, facts.owner_key)
+        known = self.terms.get(facts.owner)
+        if facts.version != (1 if known is None else known.version + 1):
+            raise _Wrong("It isn't the next version of the owner's terms.")
+        if known is None and any(each.owner == facts.owner for each in self.populations.values()):
+            raise _Wrong("The owner had data here before, which no witness guards.")
+        self.terms[facts.owner] = TermsBook(facts.version, facts.witness)
+
+    def _unlocked(self, facts: entries.Unlocked) -> None:
+        known = self.terms.get(facts.owner)
+        if known is None or known.witness != facts.witness or facts.size > self.size:
+            raise _Wrong("It isn't the owner's witness that unlocked the data, or it saw another log.")
+
+    def _restored(self, facts: entries.Restored) -> None:
+        if facts.first > self.size:
+            raise _Wrong("It restores more than there was.")
+        gap = Gap(restored=self.size, first=facts.first, end=self.size)
+        self.gaps = dict.fromkeys(self.owners, gap)
+
+    def _accepted(self, facts: entries.GapAccepted) -> None:
+        gap = self.gaps.get(facts.owner)
+        if gap is None or gap.restored != facts.restored or self.owners.get(facts.owner) != facts.owner_key:
+            raise _Wrong("No such restore waits for this owner's signature.")
+        self.gaps = {owner: each for owner, each in self.gaps.items() if owner != facts.owner}
+
     def _opened(self, facts: entries.PopulationOpened) -> None:
         if facts.population in self.populations:
             raise _Wrong("The population is there already.")
@@ -190,6 +173,8 @@ class Books:
         population = self._population(facts.population)
         if facts.owner_key != population.owner_key:
             raise _Wrong("It was uploaded with another owner key than the one that opened the population.")
+        if (facts.keys == "owner") != (population.owner in self.terms):
+            raise _Wrong("Its keys aren't held by whom the owner's terms say.")
         known = self.datasets.get(facts.dataset)
         if known is None:
             known = DatasetBook(facts.dataset, facts.population, 0, "")
@@ -297,6 +282,8 @@ class Books:
     def _charged(self, facts: entries.ChargeReserved, name: str) -> set[str]:
         """The accounts of the population `name` that the request must be charged to."""
         population = self._population(name)
+        if population.owner in self.gaps:
+            raise _Wrong("The owner of its data hasn't accepted a restore.")
         source = next((each for each in facts.sources if self._dataset(each.dataset).population == name), None)
         if source is None:
             raise _Wrong("It is charged to a population that it isn't about.")
@@ -352,6 +339,8 @@ class Books:
             self.open_charges[charge] = None
 
     def _pin(self, owner: str, key: str) -> None:
+        if owner not in self.owners and key in self.owners.values():
+            raise _Wrong("The owner's key speaks for another owner already.")
         if self.owners.setdefault(owner, key) != key:
             raise _Wrong("The owner's key isn't the one that was pinned.")
 
@@ -391,9 +380,13 @@ def _merge(mine: MutableMapping[str, Any], draft: Any) -> None:
 
 _RULES: Mapping[type, Callable[[Books, Any], None]] = {
     entries.GuardStarted: Books._started,
+    entries.OwnerTermsSet: Books._terms,
+    entries.Unlocked: Books._unlocked,
+    entries.Restored: Books._restored,
+    entries.GapAccepted: Books._accepted,
     entries.PopulationOpened: Books._opened,
     entries.Uploaded: Books._uploaded,
     entries.PolicySet: Books._policy,
     entries.LimitsSet: Books._limits,
 }
-"""What moves a limit, beside the charges, which move balances; every other entry stands for itself."""
+"""What moves a limit or a key, beside the charges, which move balances; every other entry stands for itself."""

@@ -62,6 +62,86 @@ class Login(Wire):
     user: Ref
 
 
+class KernelStarted(Wire):
+    """A kernel of a user starts. `sandbox` is how it is kept apart: "none" is an opt-out that everybody can see."""
+
+    kind: Literal["kernel"] = "kernel"
+    kernel: Identifier
+    user: Ref
+    sandbox: Sandbox
+
+
+class Counted(Wire):
+    """What nobody signed in for, since the last such entry. Counted: listing it would let anybody flood the log.
+
+    Evidence that was served, and sign-ins, tokens and witness's calls that were refused.
+    """
+
+    kind: Literal["counted"] = "counted"
+    evidence: int = Field(ge=0)
+    sign_ins_refused: int = Field(ge=0)
+    tokens_refused: int = Field(ge=0)
+    witness_calls_refused: int = Field(ge=0)
+
+
+class Refused(Wire):
+    """A request of a user that policy or budget refused; `request` is the digest of what was asked."""
+
+    kind: Literal["refused"] = "refused"
+    user: Ref
+    code: Literal["policy-refused", "budget-refused"]
+    request: Digest
+    sandbox: Sandbox | None
+
+
+class OwnerTermsSet(Wire):
+    """An owner's signed terms come into force: from here on `witness` guards the owner's data."""
+
+    kind: Literal["owner-terms"] = "owner-terms"
+    owner: Ref
+    owner_key: Key
+    version: int = Field(ge=1)
+    witness: Key
+    terms: Digest
+
+
+class Unlocked(Wire):
+    """An owner's witness lends this guard the owner's data key, having signed for `size` entries."""
+
+    kind: Literal["unlocked"] = "unlocked"
+    owner: Ref
+    witness: Key
+    size: int = Field(ge=0)
+
+
+class Locked(Wire):
+    """An owner's data are locked again: the witness has been silent for too long, or the owner changed the terms."""
+
+    kind: Literal["locked"] = "locked"
+    owner: Ref
+    reason: Literal["silent", "terms"]
+
+
+class Restored(Wire):
+    """A backup of the database held `first` entries; those from there to this one were put back from a copy of the log.
+
+    No owner's data are charged again before the owner has signed for it.
+    """
+
+    kind: Literal["restored"] = "restored"
+    first: int = Field(ge=0)
+
+
+class GapAccepted(Wire):
+    """An owner signed that they accept the restore at the entry `restored`."""
+
+    kind: Literal["restore-accepted"] = "restore-accepted"
+    owner: Ref
+    owner_key: Key
+    restored: int = Field(ge=0)
+    statement: Digest
+
+
 class PopulationOpened(Wire):
     """New accounts for new people: the Renyi orders and their shares of delta, frozen, and in how many parts.
 
@@ -82,9 +162,13 @@ class PopulationOpened(Wire):
 
 
 class Uploaded(Wire):
-    """A dataset's next version. `data_schema` is the declaration's digest, `units` the public number of people."""
+    """A dataset's next version. `data_schema` is the declaration's digest, `units` the public number of people.
+
+    `keys` says who can lock it: the owner, where they have a witness, else nobody (a key file of the machine).
+    """
 
     kind: Literal["upload"] = "upload"
+    keys: Literal["owner", "file"]
     dataset: Ref
     version: int = Field(ge=1)
     population: Ref
@@ -222,6 +306,14 @@ Entry = Annotated[
     GuardStarted
     | UserCreated
     | Login
+    | KernelStarted
+    | Counted
+    | Refused
+    | OwnerTermsSet
+    | Unlocked
+    | Locked
+    | Restored
+    | GapAccepted
     | PopulationOpened
     | Uploaded
     | PolicySet

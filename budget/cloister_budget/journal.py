@@ -15,6 +15,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from cloister_budget import merkle
+from cloister_budget.book_types import TermsBook
 from cloister_budget.books import Books, BooksError
 from cloister_budget.database import after_commit
 from cloister_budget.entries import Entry, LeafBody
@@ -25,6 +26,7 @@ from cloister_budget.tables import Leaf, LogHead
 from cloister_data.audit import NameKind
 from cloister_data.checkpoint import Checkpoint
 from cloister_data.errors import StorageError
+from cloister_data.terms import Gap
 
 _DRAFT = "cloister_books"
 """Under this name a session knows the books as its transaction's leaves leave them."""
@@ -42,6 +44,7 @@ class Journal:
         # The books, and a tree over the same leaves, hashed here: the stored hashes are the database's word.
         self._read = Replay()
         self._lock = threading.Lock()
+        self._told: list[Callable[[], None]] = []
 
     def ref(self, s: Session, kind: NameKind, name: str) -> str:
         """How leaves call this user, dataset, population or account."""
@@ -61,12 +64,26 @@ class Journal:
             self._catch_up(s, size(s))
             return self._read.books.log_keys[-1] if self._read.books.log_keys else None
 
+    def known_ref(self, s: Session, kind: NameKind, name: str) -> str | None:
+        """As `ref`, of a name that has one."""
+        return self._names.known(s, kind, name)
+
+    def terms(self, owner: str) -> TermsBook | None:
+        """The terms in force of an owner, by ref, as far as the log was read; None without a witness."""
+        with self._lock:
+            return self._read.books.terms.get(owner)
+
+    def gap(self, owner: str) -> Gap | None:
+        """The restore that an owner, by ref, hasn't accepted yet, as far as the log was read."""
+        with self._lock:
+            return self._read.books.gaps.get(owner)
+
     def append(self, s: Session, entry: Entry) -> Added:
         """Add a leaf. As `AuditLog.add`: last in the transaction, and gone with it.
 
         Raises StorageError where the books don't admit it: the database isn't what this cloister wrote.
         """
-        draft: _Draft = s.info.get(_DRAFT) or self._begin(s, self.log.next_index(s))
+        draft = self._draft(s)
         added = self.log.add(s, entry.kind, entry)
         try:
             draft.books.apply(LeafBody(index=added.index, at=added.at, facts=entry))
@@ -74,6 +91,18 @@ class Journal:
             raise _edited(error.why) from error
         draft.hashes.append(added.hash)
         return added
+
+    def on_growth(self, told: Callable[[], None]) -> None:
+        """Have `told` called, in whatever thread, after each transaction that has added entries."""
+        self._told.append(told)
+
+    def books(self, s: Session) -> Books:
+        """The books as the transaction leaves them. The log is this transaction's alone from here on."""
+        return self._draft(s).books
+
+    def _draft(self, s: Session) -> _Draft:
+        draft: _Draft | None = s.info.get(_DRAFT)
+        return draft or self._begin(s, self.log.next_index(s))
 
     def _begin(self, s: Session, index: int) -> _Draft:
         """A draft over the books up to `index`. The log's lock is held: nobody appends meanwhile."""
@@ -90,6 +119,8 @@ class Journal:
                     self._read.books.take(draft.books)
                     for leaf in draft.hashes:
                         self._read.tree.add(leaf)
+            for told in self._told:
+                told()
 
         after_commit(s, committed)
         return draft

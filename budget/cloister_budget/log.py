@@ -119,6 +119,22 @@ class AuditLog:
         s.info[_HEAD] = _Head(edge, hashes)
         return Added(index, at, payload, hashed)
 
+    def put_back(self, s: Session, payloads: Sequence[bytes], signature: bytes) -> None:
+        """Write entries that a backup lacks, as they were, with the signature (64 bytes) over the last of them.
+
+        The caller has verified both, and nothing was appended by this guard before.
+        """
+        edge = self._end(s)
+        for payload in payloads:
+            leaf = json.loads(payload)
+            gained = merkle.append(edge.size, merkle.leaf_hash(payload), edge.read)
+            hashes = b"".join(found for _, _, found in gained)
+            row = {"index": edge.size, "kind": leaf["facts"]["kind"], "at": leaf["at"], "payload": payload}
+            _ADD_LEAF.run(s, {**row, "hashes": hashes})
+            edge = edge.grown(gained)
+        _PUT_HEAD.run(s, {"id": 1, "size": edge.size, "signature": signature})
+        s.info[_HEAD] = _Head(edge, hashes)
+
     def next_index(self, s: Session) -> int:
         """The index of the next leaf. The log is this transaction's alone from here on."""
         return self._end(s).size
@@ -166,9 +182,9 @@ class AuditLog:
             )
         return _edge(s, leaves)
 
-    def prove(self, s: Session, index: int) -> Proof:
-        """That the leaf is in the log as the transaction sees it, its own leaves among it."""
-        leaves = size(s)
+    def prove(self, s: Session, index: int, leaves: int | None = None) -> Proof:
+        """That the leaf is in the log as the transaction sees it, or in its first `leaves` entries."""
+        leaves = size(s) if leaves is None else leaves
         places = merkle.edge(leaves)
 
         def note(level: int, place: int) -> bytes:
@@ -180,9 +196,13 @@ class AuditLog:
         read = Edge(leaves, _stored_hashes(s, sorted(set(places)))[1]).read
         return Proof(tuple(merkle.inclusion_proof(index, leaves, read)), self._signed(leaves, read))
 
-    def checkpoint(self, s: Session) -> str:
-        """A signed note over all leaves that the transaction sees."""
-        return self._signed(size(s), reader(s))
+    def checkpoint(self, s: Session, leaves: int | None = None) -> str:
+        """A signed note over all leaves that the transaction sees, or over the first `leaves` of them."""
+        return self._signed(size(s) if leaves is None else leaves, reader(s))
+
+    def stated(self, s: Session, leaves: int) -> Checkpoint:
+        """What is signed over the first `leaves` entries."""
+        return self._checkpoint(leaves, reader(s))
 
     def _signed(self, leaves: int, read: merkle.Read) -> str:
         return sign_checkpoint(self._checkpoint(leaves, read), self._key)

@@ -30,19 +30,23 @@ class Names:
 
     def ref(self, s: Session, kind: NameKind, name: str) -> str:
         """The ref of a name; it gets one, in this transaction, where it has none yet."""
-        with self._lock:
-            known = self._known.get((kind, name))
-        if known is not None:
-            return known
-        fresh: set[str] = s.info.setdefault(_FRESH, set())
-        found = s.scalar(select(Name.ref).where(Name.kind == kind, Name.name == name))
+        found = self.known(s, kind, name)
         if found is None:
             salt = secrets.token_bytes(SALT_BYTES)
             found = ref_of(kind, name, salt)
             s.add(Name(ref=found, kind=kind, salt=salt, name=name))
             s.flush()
-            fresh.add(found)
-        elif found not in fresh:
+            s.info.setdefault(_FRESH, set()).add(found)
+        return found
+
+    def known(self, s: Session, kind: NameKind, name: str) -> str | None:
+        """The ref of a name, where it has one."""
+        with self._lock:
+            known = self._known.get((kind, name))
+        if known is not None:
+            return known
+        found = s.scalar(select(Name.ref).where(Name.kind == kind, Name.name == name))
+        if found is not None and found not in s.info.get(_FRESH, ()):
             with self._lock:
                 self._known[kind, name] = found
         return found

@@ -9,8 +9,9 @@ from pydantic import ValidationError
 from cloister_budget import merkle
 from cloister_budget.entries import LeafBody, Released
 from cloister_data.checkpoint import Checkpoint, CheckpointError, verify_checkpoint
+from cloister_data.cosignature import verify_cosignature, witness_name
 from cloister_data.errors import CloisterError
-from cloister_data.release import Receipt, ReceiptContent
+from cloister_data.release import Receipt, ReceiptContent, rollback_of
 
 _CONTENT = tuple(ReceiptContent.model_fields)
 
@@ -54,7 +55,26 @@ def verify_receipt(receipt: Receipt, log_key: bytes) -> Checkpoint:
         )
     except merkle.LogVerificationError as error:
         raise _refused(f"{error.what} {error.why}".strip()) from error
+    _verify_witnesses(receipt, checkpoint.origin)
     return checkpoint
+
+
+def _verify_witnesses(receipt: Receipt, origin: str) -> None:
+    """That what it says of a rollback follows from signatures of the witnesses that its entry was made with."""
+    keys = {each.owner: each.key for each in receipt.witnesses}
+    for each in receipt.witnessed:
+        try:
+            if each.owner not in keys:
+                raise CheckpointError("a witness signed whom its release doesn't name")
+            seen = Checkpoint(origin, each.size, each.root)
+            verify_cosignature(seen, each.cosignature, witness_name(each.owner), keys[each.owner])
+            merkle.verify_inclusion(merkle.leaf_hash(receipt.entry), receipt.leaf, each.size, each.inclusion, each.root)
+        except CheckpointError as error:
+            raise _refused(f"{str(error)[:1].upper()}{str(error)[1:]}.") from error
+        except merkle.LogVerificationError as error:
+            raise _refused(f"What a witness signed for doesn't hold its entry: {error.what}") from error
+    if receipt.rollback != rollback_of(receipt.sources, receipt.witnessed):
+        raise _refused("It says of a rollback what its witnesses' signatures don't.")
 
 
 def _refused(why: str) -> ReceiptError:

@@ -80,12 +80,28 @@ class Token(Base):
 
 
 class Owner(Base):
-    """The owner's Ed25519 public key (32 bytes), pinned at the first upload."""
+    """The owner's Ed25519 public key (32 bytes), pinned at their first upload or terms.
+
+    `terms` are the bytes of the signed terms in force, with their signature (64 bytes); None without a witness.
+    """
 
     __tablename__ = "owners"
 
     user: Mapped[str] = mapped_column(String(64), primary_key=True)
     public_key: Mapped[bytes]
+    terms: Mapped[bytes | None]
+    signature: Mapped[bytes | None]
+
+
+class AcceptedGap(Base):
+    """An owner's signed acceptance of a restore: the document's bytes and the signature. `restored` is its entry."""
+
+    __tablename__ = "accepted_gaps"
+
+    owner: Mapped[str] = mapped_column(String(64), primary_key=True)
+    restored: Mapped[int] = mapped_column(primary_key=True)
+    document: Mapped[bytes]
+    signature: Mapped[bytes]
 
 
 class Population(Base):
@@ -249,7 +265,10 @@ class JobRow(Base):
 
 
 class ReleaseRow(Base):
-    """What was released: the message as it went out, and for a model the encrypted file of its weights."""
+    """What was released: the message, and for a model the encrypted file of its weights.
+
+    `body` is sealed like a data key, for the `owners` of the data: who has a witness can lock it.
+    """
 
     __tablename__ = "releases"
 
@@ -257,7 +276,8 @@ class ReleaseRow(Base):
     charge: Mapped[str] = mapped_column(String(32), _foreign("charges.id"), index=True)
     user: Mapped[str] = mapped_column(String(64), index=True)
     kind: Mapped[str] = mapped_column(String(16))
-    body_json: Mapped[str] = mapped_column(Text)
+    owners: Mapped[tuple[str, ...]] = mapped_column(Strings)
+    body: Mapped[bytes]
     file: Mapped[str | None] = mapped_column(Text)
     wrapped_key: Mapped[bytes | None]
     created: Mapped[int]

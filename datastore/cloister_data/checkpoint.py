@@ -19,7 +19,7 @@ MAX_SIGNATURES = 32
 MAX_SIZE = (1 << 63) - 1
 _ED25519 = 0x01
 _KEY_ID_BYTES = 4
-_SIGNATURE = re.compile("— (?P<name>[^ +\t\r\n]+) (?P<value>[A-Za-z0-9+/]+={0,2})")
+SIGNATURE_LINE = re.compile("— (?P<name>[^ +\t\r\n]+) (?P<value>[A-Za-z0-9+/]+={0,2})")
 _ORIGIN = re.compile(r"[^\s+]{1,255}")
 _SIZE = re.compile(r"0|[1-9][0-9]{0,18}", re.ASCII)
 _EMPTY_ROOT = hashlib.sha256(b"").digest()
@@ -74,6 +74,15 @@ def verify_checkpoint(note: str, public_key: bytes) -> Checkpoint:
 
     Signatures of others (witnesses) may stand beside it. Raises CheckpointError.
     """
+    return _verified(note, public_key)[0]
+
+
+def log_signature(note: str, public_key: bytes) -> bytes:
+    """The log's own signature (64 bytes) in a note, once it holds. Raises CheckpointError."""
+    return _verified(note, public_key)[1]
+
+
+def _verified(note: str, public_key: bytes) -> tuple[Checkpoint, bytes]:
     if len(note) > MAX_NOTE:
         raise CheckpointError("the checkpoint is too large")
     text, separator, signatures = note.rpartition("\n\n")
@@ -87,10 +96,10 @@ def verify_checkpoint(note: str, public_key: bytes) -> Checkpoint:
     wanted = key_id(origin, public_key)
     ours: list[bytes] = []
     for line in lines:
-        found = _SIGNATURE.fullmatch(line)
+        found = SIGNATURE_LINE.fullmatch(line)
         if found is None:
             raise CheckpointError("a signature line of the checkpoint is malformed")
-        value = _base64(found["value"], "a signature of the checkpoint")
+        value = decode_base64(found["value"], "a signature of the checkpoint")
         if found["name"] == origin and value[:_KEY_ID_BYTES] == wanted:
             ours.append(value[_KEY_ID_BYTES:])
     if len(ours) != 1:
@@ -100,7 +109,7 @@ def verify_checkpoint(note: str, public_key: bytes) -> Checkpoint:
         Ed25519PublicKey.from_public_bytes(public_key).verify(ours[0], body.encode())
     except (InvalidSignature, ValueError) as error:
         raise CheckpointError("the checkpoint's signature doesn't verify under the log's key") from error
-    return Checkpoint(origin, size, root)
+    return Checkpoint(origin, size, root), ours[0]
 
 
 def _read_body(body: str) -> tuple[str, int, bytes]:
@@ -112,14 +121,15 @@ def _read_body(body: str) -> tuple[str, int, bytes]:
         raise CheckpointError("the checkpoint hasn't the three lines of a tlog-checkpoint")
     if not _SIZE.fullmatch(lines[1]) or int(lines[1]) > MAX_SIZE:
         raise CheckpointError("the checkpoint's size isn't a decimal number")
-    root = _base64(lines[2], "the checkpoint's root hash")
+    root = decode_base64(lines[2], "the checkpoint's root hash")
     size = int(lines[1])
     if len(root) != hashlib.sha256().digest_size or (size == 0) != (root == _EMPTY_ROOT):
         raise CheckpointError("the checkpoint's root hash doesn't fit a tree of its size")
     return lines[0], size, root
 
 
-def _base64(text: str, what: str) -> bytes:
+def decode_base64(text: str, what: str) -> bytes:
+    """The bytes behind canonical base64. Raises CheckpointError, which calls them `what`."""
     try:
         value = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:

@@ -149,7 +149,7 @@ class Answers:
         caller = asked.caller
         earlier = await self._charging.read(lambda session: self._paid(session, asked))
         if earlier is not None:
-            return earlier
+            return await self._releases.hand_out(earlier)
         async with self._pool.worker() as worker:
             # Whatever can fail without a look at the data fails here, before anything is charged.
             if prepare is not None:
@@ -192,13 +192,14 @@ class Answers:
             return self._releases.record(session, answer)
 
         try:
-            return await self._charging.write(record)
-        except PolicyRefusedError:
-            # Suspended while it was computed: it was executed, so it stays spent, and it doesn't leave.
+            release = await self._charging.write(record)
+        except (PolicyRefusedError, UnavailableError):
+            # Suspended or locked while it was computed: it was executed, so it stays spent, and it doesn't leave.
             await self._charging.settle(reserved.charge_id, executed=True)
             raise
         finally:
             await self._charging.announce(caller.user, sources)
+        return await self._releases.hand_out(release)
 
     def _paid(self, session: Session, asked: _Asked) -> Release | None:
         """The release of an earlier request with the same id and the same content: given again, free."""
@@ -208,26 +209,30 @@ class Answers:
         if charge is None or charge.request_digest != asked.plan.digest():
             return None
         row = session.scalar(select(ReleaseRow).where(ReleaseRow.charge == charge.id))
-        return Release.from_json(row.body_json) if row is not None else None
+        return self._releases.stored(row) if row is not None else None
 
     async def history(self, caller: Caller) -> ReleaseList:
         """What this user has paid for, oldest first: the newest of it, as much as fits one answer."""
 
         def work(session: Session) -> ReleaseList:
-            bodies = session.scalars(
-                select(ReleaseRow.body_json)
+            rows = session.scalars(
+                select(ReleaseRow)
                 .where(ReleaseRow.user == caller.user)
                 .order_by(ReleaseRow.created.desc(), ReleaseRow.id.desc())
                 .limit(LISTED_RELEASES)
                 .execution_options(yield_per=100)
             )
-            kept, size = [], 0
-            for body in bodies:
-                size += len(body)
+            kept, size, withheld = [], 0, 0
+            for row in rows:
+                size += len(row.body)
                 if size > LISTED_BYTES:
                     break
-                kept.append(Release.from_json(body))
-            return ReleaseList(releases=tuple(reversed(kept)))
+                release = self._releases.ready(session, row)
+                if release is None:
+                    withheld += 1
+                else:
+                    kept.append(release)
+            return ReleaseList(releases=tuple(reversed(kept)), withheld=withheld)
 
         return await self._charging.read(work)
 
@@ -235,4 +240,4 @@ class Answers:
         row = await self._charging.read(lambda session: session.get(ReleaseRow, release_id))
         if row is None or row.user != caller.user:
             raise NotFoundError("There is no such release of yours.", next_step="cloister.history() lists them.")
-        return Release.from_json(row.body_json)
+        return await self._releases.hand_out(self._releases.stored(row))

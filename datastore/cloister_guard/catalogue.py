@@ -49,6 +49,7 @@ from cloister_guard.access import visible_datasets
 from cloister_guard.datasets.ingest import Format, add_places
 from cloister_guard.datasets.store import DatasetStore, StoredFile
 from cloister_guard.identity import Caller
+from cloister_guard.owners import Owners
 from cloister_guard.partition import check_nobody_moved, check_same_parts, part_units, versions_about
 
 
@@ -60,6 +61,7 @@ class Catalogue:
         database: Database,
         ledger: Ledger,
         journal: Journal,
+        owners: Owners,
         store: DatasetStore,
         read: Callable[[memoryview, Format, Schema], pa.Table],
         simulated: bool,
@@ -67,6 +69,7 @@ class Catalogue:
         self._database = database
         self._ledger = ledger
         self._journal = journal
+        self._owners = owners
         self._store = store
         self._read = read
         self._simulated = simulated
@@ -93,6 +96,7 @@ class Catalogue:
         declaration = Declaration.from_json(head)
         with self._database.read() as session:
             self._check(session, caller, declaration)
+        self._owners.require((caller.user,))
         table = add_places(
             self._read(blob, declaration.data_format, declaration.data_schema),
             declaration.data_schema,
@@ -220,6 +224,7 @@ class Catalogue:
                 data_schema=declaration.data_schema.digest(),
                 units=table.num_rows,
                 owner_key=declaration.owner_key.hex(),
+                keys="file" if self._owners.witness(row.owner) is None else "owner",
             ),
         )
         if policy is not None:

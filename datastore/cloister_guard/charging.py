@@ -27,6 +27,7 @@ from cloister_data.statistics import CostView
 from cloister_guard.access import Source, hold_policies, parts_asked, populations, release_delta
 from cloister_guard.events import EventHub
 from cloister_guard.identity import Caller
+from cloister_guard.owners import Owners, owners_of
 
 T = TypeVar("T")
 
@@ -49,10 +50,11 @@ def price(mechanism: Mechanism, sources: Sequence[Source]) -> Price:
 class Charging:
     """The ledger as the guard's request flows use it. Its methods are called from the event loop."""
 
-    def __init__(self, database: Database, ledger: Ledger, journal: Journal, events: EventHub) -> None:
+    def __init__(self, database: Database, ledger: Ledger, journal: Journal, owners: Owners, events: EventHub) -> None:
         self.database = database
         self.ledger = ledger
         self.journal = journal
+        self.owners = owners
         self._events = events
 
     async def write(self, work: Callable[[Session], T]) -> T:
@@ -86,7 +88,8 @@ class Charging:
         )
 
     async def check(self, caller: Caller, sources: Sequence[Source], cost: Price) -> None:
-        """Raises BudgetRefusedError where `reserve` would, without holding anybody up."""
+        """Raises BudgetRefusedError where `reserve` would, without holding anybody up; UnavailableError as well."""
+        self._require(sources)
 
         def work(session: Session) -> None:
             accounts = self._accounts(session, caller, sources)
@@ -108,8 +111,9 @@ class Charging:
         """Reserve the whole cost in every account, with a leaf. A repeated request id gives the earlier charge.
 
         The policies that admitted the request are held meanwhile: a suspension comes before the charge, which is then
-        refused, or after it, and finds what it started.
+        refused, or after it, and finds what it started. Raises UnavailableError where an owner's data are locked.
         """
+        self._require(sources)
         hold_policies(session, tuple(sources), caller.user)
         reserved = self.ledger.reserve(
             session,
@@ -131,6 +135,9 @@ class Charging:
         if reserved.fresh:
             self.journal.append(session, self._entry(session, caller, sources, cost, reserved, plan, operation))
         return reserved
+
+    def _require(self, sources: Sequence[Source]) -> None:
+        self.owners.require(owners_of([source.row.name for source in sources]))
 
     def _accounts(self, session: Session, caller: Caller, sources: Sequence[Source]) -> list[str]:
         asked = tuple(sources)

@@ -40,6 +40,7 @@ class GuardConfig(Wire):
         worker_memory_mb: address-space limit of one worker, also of one that reads an upload.
         refusals_per_minute: how many requests of one user may be refused in a minute; more aren't looked at.
         kernels_per_user: how many kernels one user may have at the same time.
+        lease_seconds: an owner's data are locked, and jobs on them end, when the owner's witness is silent for so long.
     """
 
     name: Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")]
@@ -55,6 +56,7 @@ class GuardConfig(Wire):
     worker_memory_mb: int = Field(default=16_384, ge=1024, le=1 << 20)
     refusals_per_minute: int = Field(default=60, ge=1, le=10_000)
     kernels_per_user: int = Field(default=8, ge=1, le=100)
+    lease_seconds: float = Field(default=30.0, ge=2, le=3600)
 
     @model_validator(mode="after")
     def _absolute(self) -> Self:

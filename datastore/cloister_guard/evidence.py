@@ -16,15 +16,18 @@ from cloister_budget.log import reader, size
 from cloister_budget.merkle import consistency_proof
 from cloister_budget.tables import EvidenceRow
 from cloister_data.consistency import ConsistencyProof, ConsistencyRequest
+from cloister_guard.counts import Counts
+from cloister_guard.restore import Copy, put_back, settle
 
 
 class EvidenceDesk:
     """Answers nonces. Holds the TLS identity of this start."""
 
-    def __init__(self, attester: Attester, database: Database, journal: Journal, name: str) -> None:
+    def __init__(self, attester: Attester, database: Database, journal: Journal, counts: Counts, name: str) -> None:
         self._attester = attester
         self._database = database
         self._journal = journal
+        self._counts = counts
         self._log = journal.log
         self.identity: ServerIdentity = make_server_identity(name)
         self.platform = attester.platform
@@ -39,13 +42,18 @@ class EvidenceDesk:
     def simulated(self) -> bool:
         return self.platform == "simulated"
 
-    def record_start(self) -> None:
-        """Collect evidence once and make its digest a leaf: receipts name it. What it takes to appraise it is kept."""
+    def record_start(self, copy: Copy | None = None) -> None:
+        """Collect evidence once and make its digest a leaf: receipts name it. What it takes to appraise it is kept.
+
+        Where the database is a backup, `copy` is what it lacks; it is put back, and settled, in the same transaction.
+        """
         nonce = secrets.token_bytes(NONCE_BYTES)
-        evidence = self.answer(nonce)
+        evidence = self._collect(nonce)
         self.start_digest = evidence.digest()
         record = EvidenceRecord(evidence=evidence, nonce=nonce, certificate=self.identity.certificate_der)
         with self._database.write() as session:
+            if copy is not None:
+                put_back(session, self._journal, copy)
             session.add(EvidenceRow(digest=self.start_digest, record_json=record.model_dump_json()))
             self._journal.append(
                 session,
@@ -57,9 +65,16 @@ class EvidenceDesk:
                     certificate=self.certificate_digest,
                 ),
             )
+            if copy is not None:
+                settle(session, self._journal, copy)
 
     def answer(self, nonce: bytes) -> Evidence:
-        """Fresh evidence for a 32-byte nonce, over the log's newest checkpoint."""
+        """Fresh evidence for a 32-byte nonce of a client, over the log's newest checkpoint."""
+        evidence = self._collect(nonce)
+        self._counts.evidence()
+        return evidence
+
+    def _collect(self, nonce: bytes) -> Evidence:
         with self._database.read() as session:
             checkpoint = self._log.checkpoint(session)
         bound = report_data(self.identity.spki, nonce, b"", checkpoint.encode(), self._log.public_key)

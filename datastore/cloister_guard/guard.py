@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import defaultdict
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
@@ -17,6 +19,7 @@ from sqlalchemy.orm import Session
 from cloister_attest.collect import attester_for
 from cloister_budget.clock import last_written, steady_time
 from cloister_budget.database import open_database
+from cloister_budget.entries import KernelStarted, Refused
 from cloister_budget.journal import Journal
 from cloister_budget.ledger import Ledger
 from cloister_budget.log import AuditLog
@@ -25,8 +28,10 @@ from cloister_budget.past import account_histories, past_requests
 from cloister_budget.tables import Dataset, Population
 from cloister_budget.whatif import PastRequest, replay
 from cloister_data.accounts import AccountHistoryList, AccountView, WhatIf, WhatIfChange
+from cloister_data.base import Wire
 from cloister_data.datasets import PolicyView
-from cloister_data.errors import ConfigurationError, NotFoundError
+from cloister_data.errors import BudgetRefusedError, CloisterError, ConfigurationError, NotFoundError
+from cloister_data.kernels import KernelLaunch, KernelView
 from cloister_data.policy import Policy, SignedPolicy
 from cloister_data.requests import BudgetAnswer, BudgetRequest, BudgetRequestView
 from cloister_guard.access import visible_datasets
@@ -35,23 +40,29 @@ from cloister_guard.audit import AuditReader
 from cloister_guard.catalogue import Catalogue
 from cloister_guard.charging import Charging
 from cloister_guard.config import GuardConfig
-from cloister_guard.datasets.keys import FileKeyProvider
+from cloister_guard.counts import FLUSH_SECONDS, Counts
+from cloister_guard.datasets.keys import FileKeyProvider, KeyRing
 from cloister_guard.datasets.store import DatasetStore
 from cloister_guard.events import EventHub
 from cloister_guard.evidence import EvidenceDesk
 from cloister_guard.identity import Caller, Identity
 from cloister_guard.jobs import Jobs, close_dead_jobs
 from cloister_guard.kernels import Kernels
+from cloister_guard.leases import Leases
 from cloister_guard.models import ModelStore
+from cloister_guard.owners import Owners
 from cloister_guard.refusals import Refusals
 from cloister_guard.release import ReleaseDesk
 from cloister_guard.requests import Requests
+from cloister_guard.restore import database_end, read_copy
 from cloister_guard.uploads import UPLOADS_AT_ONCE, UploadReader
+from cloister_guard.witness import WitnessDesk
 from cloister_guard.worker.process import WorkerLimits
 
 logger = structlog.get_logger()
 
 VERSION = version("cloister")
+WATCH_SECONDS = 0.25
 LOGINS_AT_ONCE = 4
 """argon2id takes 64 MiB and a core for each; more at once would be a way to stall the guard."""
 
@@ -76,22 +87,40 @@ class Guard:
         self.journal = Journal(log)
         self.ledger = Ledger(steady_time)
         self.events = EventHub()
-        self.identity = Identity(self.database, self.journal)
+        self.counts = Counts()
+        self.identity = Identity(self.database, self.journal, self.counts)
         self.evidence = EvidenceDesk(
-            attester_for(config.platform, config.state_dir), self.database, self.journal, config.name
+            attester_for(config.platform, config.state_dir), self.database, self.journal, self.counts, config.name
         )
         self.audit = AuditReader(self.database, self.journal)
-        keys = FileKeyProvider(config.state_dir / "master.key", platform=config.platform)
+        self.leases = Leases(config.lease_seconds)
+        self.owners = Owners(self.database, self.journal, self.leases)
+        self.witness = WitnessDesk(
+            self.database,
+            self.journal,
+            self.owners,
+            self.leases,
+            self.counts,
+            bytes.fromhex(self.evidence.certificate_digest),
+        )
+        machine = FileKeyProvider(config.state_dir / "master.key", platform=config.platform)
+        keys = KeyRing(machine, self.owners.lent)
         self.store = DatasetStore(config.state_dir / "data", keys)
         self.models = ModelStore(config.state_dir / "models")
         limits = WorkerLimits(memory_bytes=config.worker_memory_mb << 20)
         self.catalogue = Catalogue(
-            self.database, self.ledger, self.journal, self.store, UploadReader(limits), self.evidence.simulated
+            self.database,
+            self.ledger,
+            self.journal,
+            self.owners,
+            self.store,
+            UploadReader(limits),
+            self.evidence.simulated,
         )
-        self.charging = Charging(self.database, self.ledger, self.journal, self.events)
+        self.charging = Charging(self.database, self.ledger, self.journal, self.owners, self.events)
         self.requests = Requests(self.database, self.journal, self.catalogue, self.events)
-        self.refusals = Refusals(config.refusals_per_minute)
-        releases = ReleaseDesk(self.ledger, self.journal, self.evidence)
+        self.refusals = Refusals(config.refusals_per_minute, self._refused)
+        releases = ReleaseDesk(self.database, self.ledger, self.journal, self.evidence, self.owners, self.leases, keys)
         self.answers = Answers(
             self.charging, releases, self.store, self.models, WorkerPool(config.max_queries, limits), config.platform
         )
@@ -112,12 +141,19 @@ class Guard:
         self.large_bodies: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._paid: set[asyncio.Task[Any]] = set()
 
-    def recover(self) -> None:
-        """Put right what the last guard left: dead charges are settled from their marks, half uploads removed."""
+    def recover(self, restore: Path | None = None) -> None:
+        """Put right what the last guard left: dead charges are settled from their marks, half uploads removed.
+
+        Where the database is a backup, `restore` is the directory of a copy of the log with what it lacks. Raises
+        ConfigurationError where it can't be used.
+        """
+        copy = None
         with self.database.read() as session:
             steady_time.not_before(last_written(session))
             self.journal.open(session, lambda done, total: logger.info("reading the audit log", done=done, of=total))
-        self.evidence.record_start()
+            if restore is not None:
+                copy = read_copy(restore, self.journal.log.origin, *database_end(session, self.journal))
+        self.evidence.record_start(copy)
         if self.config.bootstrap is not None:
             self.identity.bootstrap(self.config.bootstrap.admin, self.config.bootstrap.password_hash)
         with self.database.write() as session:
@@ -127,6 +163,68 @@ class Guard:
             for charge in settled:
                 self.charging.log_settled(session, charge)
         self.catalogue.discard_orphans()
+
+    async def watch(self) -> None:
+        """Until it is cancelled: lock the data of owners whose witness is silent, and write down what was counted."""
+        flushed = time.monotonic()
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            for owner in self.leases.expire():
+                logger.warning("an owner's witness is silent: the data are locked", owner=owner)
+                self.store.forget()
+                await self.jobs.lock(owner)
+                await self._noted(lambda owner=owner: self.owners.locked(owner))  # type: ignore[misc]
+            if time.monotonic() - flushed >= FLUSH_SECONDS:
+                flushed = time.monotonic()
+                await self._noted(self._write_counts)
+
+    async def _noted(self, work: Callable[[], None]) -> None:
+        """Write an entry about what has happened anyway: where the database refuses, the guard goes on."""
+        try:
+            await anyio.to_thread.run_sync(work)
+        except CloisterError as error:
+            logger.error("an event couldn't be written to the audit log", kind=type(error).__name__)
+
+    def _write_counts(self) -> None:
+        with self.database.write() as session:
+            self.counts.write(session, self.journal)
+
+    async def _refused(self, caller: Caller, request: Wire, error: CloisterError) -> None:
+        """Write down that policy or budget refused a request. Without its entry a refusal isn't answered."""
+
+        def work(session: Session) -> None:
+            self.journal.append(
+                session,
+                Refused(
+                    user=self.journal.ref(session, "user", caller.user),
+                    code="budget-refused" if isinstance(error, BudgetRefusedError) else "policy-refused",
+                    request=request.digest(),
+                    sandbox=caller.sandbox,
+                ),
+            )
+
+        await self.charging.write(work)
+
+    async def start_kernel(self, caller: Caller, launch: KernelLaunch) -> KernelView:
+        """Start a kernel, and write down how it is kept apart; one that can't be written down is ended."""
+        view = await self.kernels.start(caller, launch)
+
+        def work(session: Session) -> None:
+            self.journal.append(
+                session,
+                KernelStarted(
+                    kernel=view.kernel,
+                    user=self.journal.ref(session, "user", caller.user),
+                    sandbox=view.sandbox,
+                ),
+            )
+
+        try:
+            await self.charging.write(work)
+        except BaseException:
+            await self.kernels.signal(caller, view.kernel, "end")
+            raise
+        return view
 
     async def paid(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a request that charges to its end, also when the client has gone: its charge must be settled."""
@@ -210,6 +308,7 @@ class Guard:
         """End what runs. Charges that are not settled now are settled from their marks at the next start."""
         self.events.close()
         await self.jobs.stop()
+        await self._noted(self._write_counts)
         for task in list(self._paid):
             task.cancel()
         if self._paid:

@@ -29,6 +29,7 @@ from cloister_data.errors import (
 )
 from cloister_data.identity import LoginAnswer, LoginRequest, NewUser, Role, UserList, UserView
 from cloister_data.policy import Sandbox
+from cloister_guard.counts import Counts
 
 TOKEN_SECONDS = 12 * 3600
 ATTEMPTS = 10
@@ -85,9 +86,10 @@ def hash_password(password: str) -> str:
 class Identity:
     """The users of one cloister."""
 
-    def __init__(self, database: Database, journal: Journal) -> None:
+    def __init__(self, database: Database, journal: Journal, counts: Counts) -> None:
         self._database = database
         self._journal = journal
+        self._counts = counts
         self._hasher = PasswordHasher()
         self._attempts = _Attempts()
         # Verified for names that don't exist, so that both answers take the same time.
@@ -121,7 +123,11 @@ class Identity:
 
     def login(self, request: LoginRequest) -> LoginAnswer:
         """A token for the right password. Raises AuthenticationError, which doesn't tell whether the name exists."""
-        self._attempts.admit(request.user)
+        try:
+            self._attempts.admit(request.user)
+        except TooManyRequestsError:
+            self._counts.sign_in_refused()
+            raise
         with self._database.read() as session:
             row = session.get(User, request.user)
             role = row.role if row else "scientist"
@@ -131,6 +137,7 @@ class Identity:
         except (VerificationError, InvalidHashError):
             row = None
         if row is None:
+            self._counts.sign_in_refused()
             raise AuthenticationError(
                 "The name or the password is wrong.",
                 why="The cloister doesn't tell which of the two.",
@@ -157,6 +164,7 @@ class Identity:
                 user = session.get(User, row.user)
                 if user is not None:
                     return Caller(user.name, _role(user.role), token_hash=digest)
+        self._counts.token_refused()
         raise SessionExpiredError(
             "You are not signed in, or your session has ended.",
             why=f"Sessions end after {TOKEN_SECONDS // 3600} hours.",

@@ -8,7 +8,9 @@ import json
 import secrets
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import anyio.to_thread
 import structlog
@@ -32,6 +34,7 @@ from cloister_guard.datasets.store import DatasetStore, StoredFile
 from cloister_guard.events import EventHub
 from cloister_guard.identity import Caller
 from cloister_guard.models import ModelStore
+from cloister_guard.owners import owners_of
 from cloister_guard.release import Answer, ReleaseDesk
 from cloister_guard.training.facts import PreparedFacts
 from cloister_guard.worker.process import Worker
@@ -50,7 +53,7 @@ class _Running:
     user: str = ""
     datasets: frozenset[str] = frozenset()
     cancelled: bool = False
-    suspended: bool = False
+    stopped: Literal["", "suspended", "locked"] = ""
     marked: int = 0
     shown: int = 0
     shown_at: float = field(default_factory=time.monotonic)
@@ -208,10 +211,13 @@ class Jobs:
         if not isinstance(mechanism, DpSgd):
             raise TypeError("a training is priced as DP-SGD")
 
+        owners = owners_of([source.row.name for source in sources])
+
         async def on_mark(steps: int) -> None:
             def mark(session: Session) -> None:
                 # Asked of the database too: another guard may have taken the policy that suspends.
                 refuse_halted(session, sources, caller.user)
+                self._charging.owners.require(owners)
                 self._charging.ledger.mark(session, charge, steps)
 
             await self._charging.write(mark)
@@ -226,7 +232,9 @@ class Jobs:
                 await self._charging.read(lambda session: refuse_halted(session, sources, caller.user))
                 files = [self._store.source_file(source.version, source.ref) for source in sources]
                 weights = await worker.train(files, mechanism.noise_multiplier, on_mark, on_progress)
-            stored = await anyio.to_thread.run_sync(lambda: self._store.write_result(weights, release=job))
+            stored = await anyio.to_thread.run_sync(
+                lambda: self._store.write_result(weights, release=job, owners=owners)
+            )
             answer = Answer(
                 charge=charge,
                 user=caller.user,
@@ -245,8 +253,8 @@ class Jobs:
                 self._finish(session, job, answer)
 
             await self._charging.write(finish)
-        except PolicyRefusedError:
-            self._running[job].suspended = True
+        except (PolicyRefusedError, UnavailableError) as error:
+            self._running[job].stopped = "suspended" if isinstance(error, PolicyRefusedError) else "locked"
             if stored is not None:
                 self._store.discard(stored)
             await self._end(job, charge)
@@ -278,8 +286,8 @@ class Jobs:
         """Close a job that has no result: marked steps stay spent, the others come back."""
         running = self._running.get(job)
         state, code = "failed", "job-failed"
-        if running is not None and running.suspended:
-            state, code = "cancelled", "suspended"
+        if running is not None and running.stopped:
+            state, code = "cancelled", running.stopped
         elif running is not None and running.cancelled:
             state, code = "cancelled", ""
 
@@ -327,10 +335,19 @@ class Jobs:
 
     async def suspend(self, policy: Policy) -> None:
         """End at once every job that a policy, which is in force already, suspends. Marked steps stay spent."""
+        await self._end_all(
+            "suspended", lambda running: policy.dataset in running.datasets and bool(halted(policy, running.user))
+        )
+
+    async def lock(self, owner: str) -> None:
+        """End at once every job on an owner's data, which have been locked. Marked steps stay spent."""
+        await self._end_all("locked", lambda running: owner in owners_of(running.datasets))
+
+    async def _end_all(self, code: Literal["suspended", "locked"], which: Callable[[_Running], bool]) -> None:
         ending = []
         for running in self._running.values():
-            if policy.dataset in running.datasets and halted(policy, running.user):
-                running.suspended = True
+            if which(running):
+                running.stopped = code
                 if running.task is not None:
                     running.task.cancel()
                     ending.append(running.task)
@@ -370,7 +387,7 @@ class Jobs:
     async def result(self, caller: Caller, job: str) -> bytes:
         """The trained weights as safetensors. Raises UnavailableError while there are none."""
 
-        def work(session: Session) -> StoredFile:
+        def work(session: Session) -> tuple[ReleaseRow, StoredFile]:
             row = self._own(session, caller, job)
             if row.state != "done" or row.release is None:
                 raise UnavailableError(
@@ -380,10 +397,11 @@ class Jobs:
             release = session.get_one(ReleaseRow, row.release)
             if release.file is None or release.wrapped_key is None:
                 raise NotFoundError("This release has no weights.")
-            return StoredFile(release.file, release.wrapped_key)
+            return release, StoredFile(release.file, release.wrapped_key)
 
-        stored = await self._charging.read(work)
-        return await anyio.to_thread.run_sync(lambda: self._store.read_result(stored, release=job))
+        row, stored = await self._charging.read(work)
+        await self._releases.hand_out(self._releases.stored(row))
+        return await anyio.to_thread.run_sync(lambda: self._store.read_result(stored, release=job, owners=row.owners))
 
     def _own(self, session: Session, caller: Caller, job: str) -> JobRow:
         row = session.get(JobRow, job)
@@ -409,7 +427,7 @@ class Jobs:
         return JobView(
             job=job,
             kind="train",
-            state="cancelling" if running is not None and (running.cancelled or running.suspended) else row.state,
+            state="cancelling" if running is not None and (running.cancelled or running.stopped) else row.state,
             sources=TrainingPlan.from_json(row.plan_json).sources,
             created=row.created,
             steps=charge.steps_total or 0,

@@ -10,20 +10,25 @@ import secrets
 import time
 from dataclasses import dataclass
 
+import anyio.to_thread
 import structlog
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
+from cloister_budget.database import Database
 from cloister_budget.entries import Released
 from cloister_budget.journal import Journal
 from cloister_budget.ledger import Ledger
 from cloister_budget.tables import ReleaseRow
-from cloister_data.errors import CloisterError, InternalError, InvalidRequestError, Problem
+from cloister_data.errors import CloisterError, InternalError, InvalidRequestError, Problem, UnavailableError
 from cloister_data.mechanism import Mechanism
-from cloister_data.release import Receipt, ReceiptContent, Release, SourceVersion
+from cloister_data.release import Receipt, ReceiptContent, Release, SourceVersion, Witnessed, rollback_of
 from cloister_data.statistics import Estimate
+from cloister_guard.datasets.keys import KeyRing
 from cloister_guard.datasets.store import StoredFile
 from cloister_guard.evidence import EvidenceDesk
+from cloister_guard.leases import Leases
+from cloister_guard.owners import Owners, owners_of
 
 logger = structlog.get_logger()
 
@@ -45,20 +50,39 @@ class Answer:
     weights: StoredFile | None = None
 
 
-class ReleaseDesk:
-    """Records releases and hands them out."""
+WITNESS_SECONDS = 10.0
+"""For so long an answer waits for its owners' witnesses to sign; then whoever asked is told to fetch it later."""
 
-    def __init__(self, ledger: Ledger, journal: Journal, evidence: EvidenceDesk) -> None:
+
+class ReleaseDesk:
+    """Records releases and hands them out: where an owner has a witness, once the witness has signed for the entry."""
+
+    def __init__(
+        self,
+        database: Database,
+        ledger: Ledger,
+        journal: Journal,
+        evidence: EvidenceDesk,
+        owners: Owners,
+        leases: Leases,
+        keys: KeyRing,
+    ) -> None:
+        self._database = database
         self._ledger = ledger
         self._journal = journal
         self._evidence = evidence
+        self._owners = owners
+        self._leases = leases
+        self._keys = keys
 
     def record(self, session: Session, answer: Answer) -> Release:
         """Settle the charge, append the leaf, sign the receipt; all in the caller's transaction.
 
-        Nothing may be sent before that transaction has committed.
+        Nothing may be sent before that transaction has committed, and `hand_out` lets it go. Raises UnavailableError
+        where an owner has locked the data meanwhile.
         """
         release_id = secrets.token_hex(16)
+        owners = owners_of([source.dataset for source in answer.sources])
         self._ledger.commit(session, answer.charge)
         charge = self._ledger.charge_view(session, answer.charge)
         content = ReceiptContent(
@@ -74,6 +98,7 @@ class ReleaseDesk:
             evidence=self._evidence.start_digest,
             simulated=self._evidence.simulated,
             issued=int(time.time()),
+            witnesses=self._owners.witnesses(owners),
         )
         steps, _ = self._ledger.settled(session, answer.charge)
         leaf = self._journal.append(
@@ -93,6 +118,7 @@ class ReleaseDesk:
                 inclusion=proof.inclusion,
                 checkpoint=proof.checkpoint,
                 log_key=self._journal.log.public_key,
+                witnessed=(),
                 rollback="not prevented",
             ),
         )
@@ -102,13 +128,83 @@ class ReleaseDesk:
                 charge=answer.charge,
                 user=answer.user,
                 kind=answer.kind,
-                body_json=release.model_dump_json(),
+                owners=owners,
+                body=self._keys.wrap(release.to_json(), _context(release_id), owners),
                 file=answer.weights.file if answer.weights else None,
                 wrapped_key=answer.weights.wrapped_key if answer.weights else None,
                 created=content.issued,
             )
         )
         return release
+
+    async def hand_out(self, release: Release, seconds: float = WITNESS_SECONDS) -> Release:
+        """The release as it may leave, with its witnesses' signatures in its receipt.
+
+        Raises UnavailableError where a witness hasn't signed for it in time; it is paid, and can be fetched later.
+        """
+        if not self._waits(release):
+            return release
+        owners = [each.owner for each in release.receipt.witnesses]
+        if not await self._leases.cosigned(owners, release.receipt.leaf + 1, seconds):
+            raise UnavailableError(
+                "The answer is paid and recorded, and waits for its owner's witness.",
+                why=f"Nobody at {' and '.join(owners)} has signed for the log with its entry yet.",
+                next_step="Fetch it later, free: cloister.history(), or send the same request with the same id.",
+            )
+
+        def keep() -> Release:
+            with self._database.write() as session:
+                final = self._witnessed(session, release)
+                row = session.get_one(ReleaseRow, release.release)
+                row.body = self._keys.wrap(final.to_json(), _context(row.id), row.owners)
+            return final
+
+        return await anyio.to_thread.run_sync(keep)
+
+    def stored(self, row: ReleaseRow) -> Release:
+        """A recorded release, to be handed out by `hand_out` or `ready`. Raises UnavailableError while it is locked."""
+        return Release.from_json(self._keys.unwrap(row.body, _context(row.id), row.owners))
+
+    def ready(self, session: Session, row: ReleaseRow) -> Release | None:
+        """A recorded release as it may leave now; None where it waits for a witness, or an owner has locked it."""
+        try:
+            release = self.stored(row)
+        except UnavailableError:
+            return None
+        if not self._waits(release):
+            return release
+        owners = [each.owner for each in release.receipt.witnesses]
+        if not self._leases.has_cosigned(owners, release.receipt.leaf + 1):
+            return None
+        return self._witnessed(session, release)
+
+    def _waits(self, release: Release) -> bool:
+        return len(release.receipt.witnessed) < len(release.receipt.witnesses)
+
+    def _witnessed(self, session: Session, release: Release) -> Release:
+        """The release with what its witnesses, who have all signed for its entry, signed last."""
+        found = []
+        for each in release.receipt.witnesses:
+            lease = self._leases.of(each.owner)
+            if lease is None or lease.cosigned <= release.receipt.leaf:
+                raise UnavailableError("The owner has changed their witness.", next_step="Fetch the answer later.")
+            found.append(
+                Witnessed(
+                    owner=each.owner,
+                    size=lease.cosigned,
+                    root=self._journal.log.stated(session, lease.cosigned).root,
+                    cosignature=lease.line,
+                    inclusion=self._journal.log.prove(session, release.receipt.leaf, lease.cosigned).inclusion,
+                )
+            )
+        receipt = release.receipt.model_copy(
+            update={"witnessed": tuple(found), "rollback": rollback_of(release.receipt.sources, found)}
+        )
+        return release.model_copy(update={"receipt": receipt})
+
+
+def _context(release: str) -> bytes:
+    return f"release\n{release}".encode()
 
 
 def problem(error: Exception) -> Problem:

@@ -30,8 +30,10 @@ COMPANION_RESTART_SECONDS = 1.0
 COMPANION_STOP_SECONDS = 5.0
 
 
-def run(config: GuardConfig, companion: Sequence[str]) -> None:
+def run(config: GuardConfig, companion: Sequence[str], restore: Path | None = None) -> None:
     """Serve until SIGINT or SIGTERM. `companion` is the command of the kernel service, which the guard supervises.
+
+    `restore` is the directory of a copy of the audit log, where the database is an older backup.
 
     Raises ConfigurationError or StorageError where it can't start. Leaves no process and no socket behind.
     """
@@ -40,7 +42,7 @@ def run(config: GuardConfig, companion: Sequence[str]) -> None:
     # The address first: a port in use must not cost a start's evidence and leaves.
     config.make_directories()
     with _alone(config), contextlib.closing(listen_tcp(config.host, config.port)) as listener:
-        asyncio.run(_serve(config, companion, listener))
+        asyncio.run(_serve(config, companion, listener, restore))
 
 
 @contextlib.contextmanager
@@ -80,29 +82,31 @@ def _set_up_logging() -> None:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
-async def _serve(config: GuardConfig, companion: Sequence[str], listener: socket.socket) -> None:
+async def _serve(config: GuardConfig, companion: Sequence[str], listener: socket.socket, restore: Path | None) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for name in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(name, stop.set)
     guard = Guard(config)
-    guard.recover()
+    guard.recover(restore)
     sockets = KernelSockets(guard)
     control = ControlServer(guard, sockets)
     await control.start()
     server = laptop_server(guard, guard.evidence.identity)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     supervising = asyncio.create_task(_supervise(companion, stop))
+    watching = asyncio.create_task(guard.watch())
     ready = config.state_dir / "ready.json"
     try:
         _say_ready(config, ready, listener.getsockname()[1])
         waiting = asyncio.create_task(stop.wait())
-        await asyncio.wait({waiting, serving, supervising}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({waiting, serving, supervising, watching}, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
     finally:
         logger.info("stopping")
         ready.unlink(missing_ok=True)
         stop.set()
+        watching.cancel()
         await guard.stop()
         await supervising
         await sockets.close_all()

@@ -4,6 +4,7 @@ profiles/NAME/profile.json     where it is, who connects, and the trust file
 profiles/NAME/token.json       the session token (0600)
 profiles/NAME/checkpoint.json  the last audit log checkpoint that was verified
 profiles/NAME/owner.pem        the owner's signing key (0600); the only copy
+profiles/NAME/witness/         the owner's witness: its keys (0600), and its copy of the audit log
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ class Profile(Wire):
 
     def token(self) -> LoginAnswer | None:
         """The stored token, expired or not; None where there is none, or where it belongs to another address."""
-        stored = _read_wire(self.directory / "token.json", _StoredToken, secret=True)
+        stored = read_wire(self.directory / "token.json", _StoredToken, secret=True)
         return stored.answer if stored is not None and stored.url == self.url else None
 
     def store_token(self, answer: LoginAnswer) -> None:
@@ -163,7 +164,7 @@ class Profile(Wire):
 
     def remembered(self) -> Remembered | None:
         """The newest checkpoint seen at this profile's address."""
-        stored = _read_wire(self.directory / "checkpoint.json", Remembered)
+        stored = read_wire(self.directory / "checkpoint.json", Remembered)
         return stored if stored is not None and stored.url == self.url else None
 
     def remember(self, checkpoint: Checkpoint, log_key: bytes) -> None:
@@ -178,26 +179,12 @@ class Profile(Wire):
 
     def owner_key(self, *, create: bool = False) -> Ed25519PrivateKey:
         """The owner's signing key. It is made where absent only if `create` says so. Raises ConfigurationError."""
-        path = self.directory / "owner.pem"
         with self._locked():
-            if not path.exists():
-                if not create:
-                    raise ConfigurationError(
-                        f"There is no owner's key in the profile {self.name!r}.",
-                        why="It is made at the first upload, and signs the policies from then on.",
-                        next_step=f"Upload a dataset first, or copy the key to {path} (mode 0600).",
-                    )
-                key = Ed25519PrivateKey.generate()
-                write_private(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-                return key
-            content = read_bounded(path, secret=True)
-        try:
-            loaded = load_pem_private_key(content, None)
-        except (ValueError, TypeError) as error:
-            raise ConfigurationError(f"The owner's key {path} can't be read.", why=f"{error}.") from error
-        if not isinstance(loaded, Ed25519PrivateKey):
-            raise ConfigurationError(f"The owner's key {path} isn't an Ed25519 key.")
-        return loaded
+            return load_ed25519(
+                self.directory / "owner.pem",
+                create=create,
+                missing="It is made at the first upload, or by `cloister owner init`, and signs the policies.",
+            )
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -259,7 +246,7 @@ def load(name: str) -> Profile:
             why=f"Known are: {', '.join(known)}." if known else "None was connected yet.",
             next_step=f"Connect first: {CONNECT}.",
         )
-    profile = _read_wire(_profiles() / name / "profile.json", Profile)
+    profile = read_wire(_profiles() / name / "profile.json", Profile)
     if profile is None or profile.name != name:
         raise ConfigurationError(
             f"The profile {name!r} is damaged.", next_step=f"Connect again: {CONNECT} --name {name}."
@@ -330,7 +317,30 @@ def read_bounded(path: Path, *, secret: bool = False, limit: int = MAX_FILE) -> 
     return content
 
 
-def _read_wire(path: Path, kind: type[W], *, secret: bool = False) -> W | None:
+def load_ed25519(path: Path, *, create: bool, missing: str) -> Ed25519PrivateKey:
+    """A private key in PEM (PKCS 8), made where absent only if `create` says so; `missing` says where it comes from.
+
+    Raises ConfigurationError, StorageError.
+    """
+    if not path.exists():
+        if not create:
+            raise ConfigurationError(
+                f"There is no key {path}.", why=missing, next_step="Put it back from your copy of it (mode 0600)."
+            )
+        key = Ed25519PrivateKey.generate()
+        write_private(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        return key
+    try:
+        loaded = load_pem_private_key(read_bounded(path, secret=True), None)
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError(f"The key {path} can't be read.", why=f"{error}.") from error
+    if not isinstance(loaded, Ed25519PrivateKey):
+        raise ConfigurationError(f"The key {path} isn't an Ed25519 key.")
+    return loaded
+
+
+def read_wire(path: Path, kind: type[W], *, secret: bool = False) -> W | None:
+    """A message from a file; None where there is no such file. Raises ConfigurationError where it is damaged."""
     try:
         return kind.from_json(read_bounded(path, secret=secret))
     except FileNotFoundError:

@@ -48,7 +48,8 @@ class Session:
         profile, url: which cloister.
         verdict: what the appraisal came to; it is `ok`, or there would be no session.
         certificate: the pinned certificate, DER.
-        checkpoint: the audit log's state at the last appraisal; `verdict.checkpoint` is the signed note.
+        checkpoint, log_key: the audit log's state at the last appraisal, and the key (32 bytes) that signs for it;
+            `verdict.checkpoint` is the signed note.
         ssl_context: trusts that certificate alone. Give it to websockets too, with `proxy=None`: by default that
             library sends its handshake, which holds the token, through the proxies that the environment names.
         client, transport: the httpx client over that channel, with the token attached, and the calls over it.
@@ -70,7 +71,7 @@ class Session:
         self._policy = policy
         self._bearer = _Bearer(profile.address)
         self._lock = threading.Lock()
-        self.verdict, self.checkpoint = self._appraise()
+        self.verdict, self.checkpoint, self.log_key = self._appraise()
         client.auth = self._bearer
 
     @property
@@ -96,7 +97,7 @@ class Session:
         """Ask for evidence over the same pinned channel once more. A refusal closes the session."""
         with self._lock:
             try:
-                self.verdict, self.checkpoint = self._appraise()
+                self.verdict, self.checkpoint, self.log_key = self._appraise()
             except AttestationRefusedError:
                 self.close()
                 raise
@@ -117,7 +118,7 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _appraise(self) -> tuple[AttestationResult, Checkpoint]:
+    def _appraise(self) -> tuple[AttestationResult, Checkpoint, bytes]:
         # Read before asking: another session may remember a newer checkpoint while this one is under way.
         known = self.profile.remembered()
         request = AttestRequest.fresh()
@@ -130,7 +131,7 @@ class Session:
         if known is not None:
             known.refuse_rollback(checkpoint, self._consistency(known.size, checkpoint.size))
         self.profile.remember(checkpoint, evidence.log_key)
-        return verdict, checkpoint
+        return verdict, checkpoint, evidence.log_key
 
     def _consistency(self, first: int, second: int) -> tuple[bytes, ...]:
         """What the machine, which is proven by now, shows for its log of `second` entries extending that of `first`."""

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cloister_cli import audit, budget, dataset, policy, user
+from cloister_cli import audit, budget, dataset, owner, policy, user
 from cloister_cli.connect import connect
 from cloister_cli.demo import demo
 from cloister_cli.lab import lab
@@ -50,6 +50,7 @@ app.command(rich_help_panel=SCIENTISTS, context_settings={"allow_extra_args": Tr
 app.add_typer(budget.app, name="budget", rich_help_panel=SCIENTISTS)
 app.add_typer(dataset.app, name="dataset", rich_help_panel=OWNERS)
 app.add_typer(policy.app, name="policy", rich_help_panel=OWNERS)
+app.add_typer(owner.app, name="owner", rich_help_panel=OWNERS)
 app.add_typer(user.app, name="user", rich_help_panel=OPERATORS)
 app.add_typer(audit.app, name="audit", rich_help_panel=OPERATORS)
 app.command(rich_help_panel=OPERATORS)(serve)

@@ -16,6 +16,15 @@ def serve(
     config: Annotated[
         Path, typer.Option("--config", help="The configuration, TOML; deploy/cloister.toml is a sample.")
     ],
+    restore: Annotated[
+        Path | None,
+        typer.Option(
+            "--restore",
+            help="Start from a backup of the database: put back what it lacks from this copy of the audit log (a "
+            "directory of `cloister owner backup` or `cloister audit export`).",
+            metavar="DIRECTORY",
+        ),
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Only check the configuration, then stop.")] = False,
 ) -> None:
     """Run a cloister: the guard over HTTPS, and the kernels beside it. Ctrl-C stops both."""
@@ -51,4 +60,5 @@ def serve(
             os.fspath(loaded.state_dir),
             "--die-with-parent",
         ],
+        restore,
     )

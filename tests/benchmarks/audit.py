@@ -99,7 +99,10 @@ class Log:
                 population=people, owner=digest("owner"), owner_key=key, orders=ORDERS.finite, shares=ORDERS.shares,
                 parts=1, statement=None,
             ),
-            Uploaded(dataset=data, version=1, population=people, data_schema=digest("s"), units=1000, owner_key=key),
+            Uploaded(
+                dataset=data, version=1, population=people, data_schema=digest("s"), units=1000, owner_key=key,
+                keys="file",
+            ),
             PolicySet(dataset=data, version=1, policy=digest("policy"), owner_key=key, limits=len(pieces)),
             *(LimitsSet(dataset=data, version=1, limits=piece) for piece in pieces),
         ]  # fmt: skip
@@ -161,7 +164,7 @@ class Log:
         note = sign_checkpoint(Checkpoint(ORIGIN, size, root), self.key)
         receipt = Receipt(
             **dict(content), leaf=size - 1, entry=payload, inclusion=inclusion, checkpoint=note,
-            log_key=self.record.evidence.log_key, rollback="not prevented",
+            log_key=self.record.evidence.log_key, witnesses=(), witnessed=(), rollback="not prevented",
         )  # fmt: skip
         return ReceiptFile(receipt=receipt, evidence=self.record)
 

@@ -146,7 +146,7 @@ def test_tokens():
 
 def test_the_owners_key():
     made = make()
-    with pytest.raises(ConfigurationError, match="no owner's key"):
+    with pytest.raises(ConfigurationError, match="no key"):
         made.owner_key()
     key = made.owner_key(create=True)
     assert made.owner_key().private_bytes_raw() == key.private_bytes_raw()

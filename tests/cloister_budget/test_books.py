@@ -102,7 +102,13 @@ def policy(**changes: Any) -> PolicySet:
 
 def uploaded(**changes: Any) -> Uploaded:
     given = Uploaded(
-        dataset=ref("d"), version=1, population=ref("p"), data_schema=ref("schema"), units=10, owner_key=OWNER_KEY
+        dataset=ref("d"),
+        version=1,
+        population=ref("p"),
+        data_schema=ref("schema"),
+        units=10,
+        owner_key=OWNER_KEY,
+        keys="file",
     )
     return given.model_copy(update=changes)
 

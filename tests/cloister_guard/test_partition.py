@@ -24,16 +24,18 @@ from cloister_data.owner import public_bytes, sign_policy
 from cloister_data.schema import BooleanColumn, DateColumn, Schema, TextColumn
 from cloister_guard.catalogue import Catalogue
 from cloister_guard.datasets.ingest import read_upload
-from cloister_guard.datasets.keys import FileKeyProvider
 from cloister_guard.datasets.split import PART_COLUMN, select_part, unit_text
 from cloister_guard.datasets.store import DatasetStore
 from cloister_guard.identity import Caller
+from cloister_guard.leases import Leases
+from cloister_guard.owners import Owners
 from cloister_guard.partition import _unit_texts, anybody_moved
 from cloister_guard.uploads import UploadReader
 from cloister_guard.worker.process import WorkerLimits
 from tests.fakes.postgres import running_postgres
 from tests.fakes.running import make_policy
 from tests.fakes.sites import SITES, patients, sited
+from tests.fakes.stored import file_keys
 
 OWNER = Caller("clinic", "owner")
 RECORDS, SCANS = "clinic/records", "clinic/scans"
@@ -44,10 +46,16 @@ class Desk:
 
     def __init__(self, directory: Path, url: str) -> None:
         self.database: Database = open_database(url)
-        self.store = DatasetStore(directory / "data", FileKeyProvider(directory / "key", platform="simulated"))
+        self.store = DatasetStore(directory / "data", file_keys(directory / "key"))
         journal = Journal(AuditLog(Ed25519PrivateKey.generate(), "clinic.example/log", steady_time))
         self.catalogue = Catalogue(
-            self.database, Ledger(steady_time), journal, self.store, UploadReader(WorkerLimits()), simulated=True
+            self.database,
+            Ledger(steady_time),
+            journal,
+            Owners(self.database, journal, Leases(30)),
+            self.store,
+            UploadReader(WorkerLimits()),
+            simulated=True,
         )
         self.key = Ed25519PrivateKey.generate()
 

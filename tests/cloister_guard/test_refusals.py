@@ -6,10 +6,19 @@ from typing import Any
 
 import pytest
 
-from cloister_data.errors import BudgetRefusedError, NotFoundError, PolicyRefusedError, TooManyRequestsError
+from cloister_data.base import Wire
+from cloister_data.datasets import SplitRef
+from cloister_data.errors import (
+    BudgetRefusedError,
+    CloisterError,
+    NotFoundError,
+    PolicyRefusedError,
+    TooManyRequestsError,
+)
 from cloister_guard.identity import Caller
 from cloister_guard.refusals import WINDOW_SECONDS, Refusals
 
+ASKED = SplitRef(dataset="clinic/people")
 ANN, BOB = Caller("ann", "scientist"), Caller("bob", "scientist")
 
 
@@ -22,6 +31,10 @@ class Clock:
 
 async def refuse(error: type[Exception] = PolicyRefusedError) -> None:
     raise error("No.")
+
+
+async def noted(caller: Caller, request: Wire, error: CloisterError) -> None:
+    """Nobody reads it here."""
 
 
 async def admit() -> str:
@@ -37,27 +50,27 @@ def outcome(work: Coroutine[Any, Any, object]) -> object:
 
 def test_the_next_refusal_after_the_limit_is_not_looked_at_until_a_minute_has_passed() -> None:
     clock = Clock()
-    refusals = Refusals(3, clock)
+    refusals = Refusals(3, noted, clock)
     errors: tuple[type[Exception], ...] = (PolicyRefusedError, BudgetRefusedError, PolicyRefusedError)
     for error in errors:
         clock.now += 1
-        assert outcome(refusals.counted(ANN, lambda error=error: refuse(error))) is error  # type: ignore[misc]
+        assert outcome(refusals.counted(ANN, ASKED, lambda error=error: refuse(error))) is error  # type: ignore[misc]
     looked_at: list[int] = []
 
     async def look() -> None:
         looked_at.append(1)
 
-    assert outcome(refusals.counted(ANN, look)) is TooManyRequestsError
+    assert outcome(refusals.counted(ANN, ASKED, look)) is TooManyRequestsError
     assert not looked_at
-    assert outcome(refusals.counted(BOB, admit)) == "yes"
+    assert outcome(refusals.counted(BOB, ASKED, admit)) == "yes"
     clock.now = 1 + WINDOW_SECONDS
-    assert outcome(refusals.counted(ANN, admit)) == "yes"
-    assert outcome(refusals.counted(ANN, refuse)) is PolicyRefusedError
-    assert outcome(refusals.counted(ANN, refuse)) is TooManyRequestsError
+    assert outcome(refusals.counted(ANN, ASKED, admit)) == "yes"
+    assert outcome(refusals.counted(ANN, ASKED, refuse)) is PolicyRefusedError
+    assert outcome(refusals.counted(ANN, ASKED, refuse)) is TooManyRequestsError
 
 
 @pytest.mark.parametrize("work", [admit, lambda: refuse(NotFoundError)])
 def test_answers_and_other_errors_do_not_count(work: Any) -> None:
-    refusals = Refusals(2, Clock())
+    refusals = Refusals(2, noted, Clock())
     for _ in range(10):
-        assert outcome(refusals.counted(ANN, work)) in ("yes", NotFoundError)
+        assert outcome(refusals.counted(ANN, ASKED, work)) in ("yes", NotFoundError)

@@ -125,6 +125,8 @@ def release(
             checkpoint="note",
             log_key=bytes(32),
             simulated=True,
+            witnesses=(),
+            witnessed=(),
             rollback="not prevented",
             issued=1_700_000_000,
         ),

@@ -38,7 +38,9 @@ def publish(s: Session, journal: Journal, population: str, policy: Policy) -> No
         population=people, owner=journal.ref(s, "user", "owner"), owner_key=SOME, orders=row.orders, shares=row.deltas,
         parts=1, statement=None,
     )  # fmt: skip
-    uploaded = Uploaded(dataset=dataset, version=1, population=people, data_schema=SOME, units=1, owner_key=SOME)
+    uploaded = Uploaded(
+        dataset=dataset, version=1, population=people, data_schema=SOME, units=1, owner_key=SOME, keys="file"
+    )
     limits = [
         AccountLimit(
             account=journal.ref(s, "account", each.account), scope=each.scope, part=0, limit=each.limit,

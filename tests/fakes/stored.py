@@ -18,7 +18,7 @@ from cloister_data.schema import (
     TextColumn,
 )
 from cloister_guard.datasets.ingest import read_upload
-from cloister_guard.datasets.keys import FileKeyProvider
+from cloister_guard.datasets.keys import FileKeyProvider, KeyRing
 from cloister_guard.datasets.store import DatasetStore, SourceFile
 
 SCHEMA = Schema(
@@ -59,12 +59,17 @@ def csv_rows(rows: int, seed: int = 0) -> bytes:
     return "\n".join(lines).encode() + b"\n"
 
 
+def file_keys(path: Path) -> KeyRing:
+    """The keys of a cloister none of whose owners has a witness."""
+    return KeyRing(FileKeyProvider(path, platform="simulated"), lambda owner: None)
+
+
 class Shelf:
     """A store in a directory, with one dataset of `rows` patients."""
 
     def __init__(self, directory: Path, rows: int = 400, *, name: str = "hospital/patients", seed: int = 0) -> None:
         self.directory = directory
-        self.store = DatasetStore(directory / "data", FileKeyProvider(directory / "key", platform="simulated"))
+        self.store = DatasetStore(directory / "data", file_keys(directory / "key"))
         self.table = read_upload(csv_rows(rows, seed), "csv", SCHEMA, split_key=self.store.split_key("hospital/people"))
         stored = self.store.write(self.table, dataset=name)
         self.name = name

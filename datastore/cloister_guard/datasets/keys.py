@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hmac
 import os
 import secrets
 import stat
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +19,7 @@ from cloister_data.policy import Platform
 KEY_BYTES = 32
 _NONCE_BYTES = 12
 _LABEL = b"cloister/wrapped-key/v1\n"
+_SPLIT_LABEL = b"cloister/split-secret/v1\n"
 
 
 class KeyProvider(Protocol):
@@ -35,6 +38,64 @@ class KeyProvider(Protocol):
         ...
 
 
+class KeyRing:
+    """The guard's data keys, wrapped for the owners whose data they open.
+
+    An owner with a witness lends the guard a key, and while they don't, nothing of theirs is wrapped or unwrapped. The
+    others' keys are wrapped by the machine's own provider. What comes from several owners' data opens only while all of
+    them lend their keys. `lent` answers the key (32 bytes) that an owner lends, or None for an owner without a witness;
+    it raises UnavailableError while an owner's data are locked.
+    """
+
+    def __init__(self, machine: KeyProvider, lent: Callable[[str], bytes | None]) -> None:
+        self._machine = machine
+        self._lent = lent
+
+    def wrap(self, secret: bytes, context: bytes, owners: Collection[str]) -> bytes:
+        """The wrapped form of a key, or of a longer text. Raises UnavailableError, or StorageError."""
+        found = secret
+        for provider in self._providers(owners):
+            found = provider.wrap(found, context)
+        return found
+
+    def unwrap(self, wrapped: bytes, context: bytes, owners: Collection[str]) -> bytes:
+        """What was wrapped for the same context and owners. Raises UnavailableError, or StorageError."""
+        found = wrapped
+        for provider in reversed(self._providers(owners)):
+            found = provider.unwrap(found, context)
+        return found
+
+    def split_secret(self, owner: str) -> bytes | None:
+        """The secret (32 bytes) behind an owner's train and test split; None where the machine's own is to be used."""
+        lent = self._lent(owner)
+        return None if lent is None else hmac.digest(lent, _SPLIT_LABEL, "sha256")
+
+    def _providers(self, owners: Collection[str]) -> list[KeyProvider]:
+        lent = [self._lent(owner) for owner in sorted(set(owners))]
+        of_owners: list[KeyProvider] = [LentKey(key) for key in lent if key is not None]
+        return of_owners if of_owners and None not in lent else [self._machine, *of_owners]
+
+
+class LentKey:
+    """A wrapping key that an owner lends: AES-256-GCM as below, held in memory alone."""
+
+    def __init__(self, key: bytes) -> None:
+        self._aead = AESGCM(key)
+
+    def wrap(self, key: bytes, context: bytes) -> bytes:
+        return _seal(self._aead, key, context)
+
+    def unwrap(self, wrapped: bytes, context: bytes) -> bytes:
+        found = _open(self._aead, wrapped, context)
+        if found is None:
+            raise StorageError(
+                "A stored key can't be unwrapped.",
+                why="It was made under another owner's key or for something else, or it was altered.",
+                next_step="Let the owner serve with the key of `cloister owner init`: cloister owner serve.",
+            )
+        return found
+
+
 class FileKeyProvider:
     """A wrapping key in a file beside the data: for the simulated platform alone, because it protects from nobody
     who can read the disk. AES-256-GCM (NIST SP 800-38D) with a random 96-bit nonce, `context` as associated data.
@@ -51,18 +112,29 @@ class FileKeyProvider:
         self._aead = AESGCM(_load_or_make(path))
 
     def wrap(self, key: bytes, context: bytes) -> bytes:
-        nonce = secrets.token_bytes(_NONCE_BYTES)
-        return nonce + self._aead.encrypt(nonce, key, _LABEL + context)
+        return _seal(self._aead, key, context)
 
     def unwrap(self, wrapped: bytes, context: bytes) -> bytes:
-        try:
-            return self._aead.decrypt(wrapped[:_NONCE_BYTES], wrapped[_NONCE_BYTES:], _LABEL + context)
-        except (InvalidTag, ValueError) as error:
+        found = _open(self._aead, wrapped, context)
+        if found is None:
             raise StorageError(
                 "A stored key can't be unwrapped.",
                 why="It was made under another wrapping key or for something else, or it was altered.",
                 next_step="Restore the key file and the database from the same backup.",
-            ) from error
+            )
+        return found
+
+
+def _seal(aead: AESGCM, secret: bytes, context: bytes) -> bytes:
+    nonce = secrets.token_bytes(_NONCE_BYTES)
+    return nonce + aead.encrypt(nonce, secret, _LABEL + context)
+
+
+def _open(aead: AESGCM, sealed: bytes, context: bytes) -> bytes | None:
+    try:
+        return aead.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], _LABEL + context)
+    except (InvalidTag, ValueError):
+        return None
 
 
 def _load_or_make(path: Path) -> bytes:

@@ -20,7 +20,7 @@ from cloister_data.datasets import SplitRef
 from cloister_data.errors import StorageError
 from cloister_data.schema import Schema
 from cloister_guard.datasets.crypt import read_file, write_durably, write_file
-from cloister_guard.datasets.keys import KEY_BYTES, KeyProvider
+from cloister_guard.datasets.keys import KEY_BYTES, KeyRing
 from cloister_guard.datasets.split import PART_COLUMN, SPLIT_COLUMN, division_place, in_part, population_key
 
 SPLIT_SUFFIX, PART_SUFFIX = ".split", ".part"
@@ -66,6 +66,11 @@ def _result_context(release: str, file: str) -> bytes:
     return f"result\n{release}\n{file}".encode()
 
 
+def _owner(name: str) -> str:
+    """Whose a dataset or a population is: their names are OWNER/NAME."""
+    return name.split("/")[0]
+
+
 class DatasetStore:
     """A directory of encrypted files. Usable from several threads.
 
@@ -73,7 +78,7 @@ class DatasetStore:
     has a partition, so that the guard can count the units of a part without opening the rows.
     """
 
-    def __init__(self, directory: Path, keys: KeyProvider) -> None:
+    def __init__(self, directory: Path, keys: KeyRing) -> None:
         """Raises StorageError where the directory can't be used."""
         self._directory = directory
         self._keys = keys
@@ -87,7 +92,7 @@ class DatasetStore:
 
     def split_key(self, population: str) -> bytes:
         """The key (32 bytes) that `ingest.read_upload` hashes the units of `population` with."""
-        return population_key(self._secret, population)
+        return population_key(self._keys.split_secret(_owner(population)) or self._secret, population)
 
     def write(self, table: pa.Table, *, dataset: str) -> StoredFile:
         """Store a validated table, with the columns that `ingest.read_upload` adds, as a version of `dataset`.
@@ -96,7 +101,7 @@ class DatasetStore:
         """
         splits = table.column(SPLIT_COLUMN).to_numpy()
         name, key = secrets.token_hex(16), secrets.token_bytes(KEY_BYTES)
-        stored = StoredFile(name, self._keys.wrap(key, _dataset_context(dataset, name)))
+        stored = StoredFile(name, self._keys.wrap(key, _dataset_context(dataset, name), (_owner(dataset),)))
         try:
             write_file(self._path(name), _serialize(table), key)
             write_file(self._path(name + SPLIT_SUFFIX), np.ascontiguousarray(splits, dtype="<f8").tobytes(), key)
@@ -130,17 +135,25 @@ class DatasetStore:
             chosen &= self._small_values(stored, PART_SUFFIX, "u1") == place
         return int(np.count_nonzero(chosen))
 
-    def write_result(self, data: bytes, *, release: str) -> StoredFile:
-        """Keep bytes that were paid for, such as trained weights. `release` is the id of their job or release."""
+    def write_result(self, data: bytes, *, release: str, owners: Collection[str]) -> StoredFile:
+        """Keep bytes that were paid for, such as trained weights. `release` is the id of their job or release.
+
+        `owners` are those of the data that they were made from. Raises UnavailableError, or StorageError.
+        """
         name, key = secrets.token_hex(16), secrets.token_bytes(KEY_BYTES)
-        stored = StoredFile(name, self._keys.wrap(key, _result_context(release, name)))
+        stored = StoredFile(name, self._keys.wrap(key, _result_context(release, name), owners))
         write_file(self._path(name), data, key)
         return stored
 
-    def read_result(self, stored: StoredFile, *, release: str) -> bytes:
-        """The bytes again. Raises StorageError."""
-        key = self._keys.unwrap(stored.wrapped_key, _result_context(release, stored.file))
+    def read_result(self, stored: StoredFile, *, release: str, owners: Collection[str]) -> bytes:
+        """The bytes again. Raises UnavailableError, or StorageError."""
+        key = self._keys.unwrap(stored.wrapped_key, _result_context(release, stored.file), owners)
         return read_file(self._path(stored.file), key)
+
+    def forget(self) -> None:
+        """Forget what was read of the files: an owner has locked theirs."""
+        with self._lock:
+            self._splits.clear()
 
     def discard(self, stored: StoredFile) -> None:
         """Remove a file that no row of the database names, for example after a transaction that failed."""
@@ -164,7 +177,8 @@ class DatasetStore:
         return self._directory / name
 
     def _data_key(self, stored: StoredVersion) -> bytes:
-        return self._keys.unwrap(stored.wrapped_key, _dataset_context(stored.dataset, stored.file))
+        context = _dataset_context(stored.dataset, stored.file)
+        return self._keys.unwrap(stored.wrapped_key, context, (_owner(stored.dataset),))
 
     def _small_values(self, stored: StoredVersion, suffix: str, dtype: str) -> npt.NDArray[Any]:
         name = stored.file + suffix
@@ -185,11 +199,11 @@ class DatasetStore:
         path, context = self._directory / _SPLIT_KEY_FILE, b"split secret"
         if path.exists():
             try:
-                return self._keys.unwrap(path.read_bytes(), context)
+                return self._keys.unwrap(path.read_bytes(), context, ())
             except OSError as error:
                 raise StorageError("The split's key can't be read.", why=f"{error.strerror}.") from error
         secret = secrets.token_bytes(KEY_BYTES)
-        wrapped = self._keys.wrap(secret, context)
+        wrapped = self._keys.wrap(secret, context, ())
         write_durably(path, lambda file: file.write(wrapped))
         return secret
 

@@ -15,6 +15,8 @@ from cloister_data.identity import LoginRequest, NewUser
 from cloister_data.kernels import KernelLaunch
 from cloister_data.policy import Policy, SignedPolicy
 from cloister_data.requests import BudgetAnswer
+from cloister_data.terms import SignedGap, TermsRequest
+from cloister_data.witness import SignedCall
 from cloister_guard.guard import Guard
 from cloister_guard.http.messages import answer, body_bytes, problem_response, reads, takes
 from cloister_guard.http.scientist import Id, Name
@@ -65,7 +67,7 @@ def make_router(guard: Guard) -> APIRouter:
         caller: Annotated[Caller, Depends(who)], launch: Annotated[KernelLaunch, Depends(reads(KernelLaunch))]
     ) -> Response:
         caller.require("scientist")
-        return answer(await guard.kernels.start(caller, launch), 201)
+        return answer(await guard.start_kernel(caller, launch), 201)
 
     @router.get("/api/v1/kernels")
     async def list_kernels(caller: Annotated[Caller, Depends(who)]) -> Response:
@@ -133,6 +135,26 @@ def make_router(guard: Guard) -> APIRouter:
         given: Annotated[BudgetAnswer, Depends(reads(BudgetAnswer))],
     ) -> Response:
         return answer(await guard.paid(guard.answer_request(caller, request, given)))
+
+    @router.get("/api/v1/owner")
+    async def owner(caller: Annotated[Caller, Depends(who)]) -> Response:
+        return answer(await anyio.to_thread.run_sync(guard.owners.view, caller))
+
+    @router.put("/api/v1/owner", openapi_extra=takes(TermsRequest))
+    async def set_terms(
+        caller: Annotated[Caller, Depends(who)], request: Annotated[TermsRequest, Depends(reads(TermsRequest))]
+    ) -> Response:
+        return answer(await anyio.to_thread.run_sync(guard.owners.set_terms, caller, request))
+
+    @router.post("/api/v1/owner/restore", openapi_extra=takes(SignedGap))
+    async def accept_restore(
+        caller: Annotated[Caller, Depends(who)], signed: Annotated[SignedGap, Depends(reads(SignedGap))]
+    ) -> Response:
+        return answer(await anyio.to_thread.run_sync(guard.owners.accept, caller, signed))
+
+    @router.post("/api/v1/witness", openapi_extra=takes(SignedCall))
+    async def witness(signed: Annotated[SignedCall, Depends(reads(SignedCall))]) -> Response:
+        return answer(await guard.witness.answer(signed))
 
     @router.post("/api/v1/users", status_code=201, openapi_extra=takes(NewUser))
     async def add_user(

@@ -60,13 +60,14 @@ def make_router(guard: Guard, who: object) -> APIRouter:
     async def query_cost(
         caller: Annotated[Caller, Depends(who)], request: Annotated[QueryCostRequest, Depends(reads(QueryCostRequest))]
     ) -> Response:
-        return answer(await guard.refusals.counted(caller, lambda: guard.answers.cost(caller, request)))
+        return answer(await guard.refusals.counted(caller, request, lambda: guard.answers.cost(caller, request)))
 
     @router.post("/queries", openapi_extra=takes(QueryRequest))
     async def query(
         caller: Annotated[Caller, Depends(who)], request: Annotated[QueryRequest, Depends(reads(QueryRequest))]
     ) -> Response:
-        return answer(await guard.paid(guard.refusals.counted(caller, lambda: guard.answers.query(caller, request))))
+        work = guard.refusals.counted(caller, request, lambda: guard.answers.query(caller, request))
+        return answer(await guard.paid(work))
 
     @router.post("/models", status_code=201, openapi_extra=takes(media_type="application/vnd.cloister.model"))
     async def models(caller: Annotated[Caller, Depends(who)], request: Request) -> Response:
@@ -78,19 +79,20 @@ def make_router(guard: Guard, who: object) -> APIRouter:
     async def job_cost(
         caller: Annotated[Caller, Depends(who)], plan: Annotated[TrainingPlan, Depends(reads(TrainingPlan))]
     ) -> Response:
-        return answer(await guard.refusals.counted(caller, lambda: guard.jobs.cost(caller, plan)))
+        return answer(await guard.refusals.counted(caller, plan, lambda: guard.jobs.cost(caller, plan)))
 
     @router.post("/rehearsals", openapi_extra=takes(TrainingPlan))
     async def rehearse(
         caller: Annotated[Caller, Depends(who)], plan: Annotated[TrainingPlan, Depends(reads(TrainingPlan))]
     ) -> Response:
-        return answer(await guard.refusals.counted(caller, lambda: guard.jobs.rehearse(caller, plan)))
+        return answer(await guard.refusals.counted(caller, plan, lambda: guard.jobs.rehearse(caller, plan)))
 
     @router.post("/jobs", status_code=201, openapi_extra=takes(TrainingRequest))
     async def submit(
         caller: Annotated[Caller, Depends(who)], request: Annotated[TrainingRequest, Depends(reads(TrainingRequest))]
     ) -> Response:
-        return answer(await guard.paid(guard.refusals.counted(caller, lambda: guard.jobs.submit(caller, request))), 201)
+        work = guard.refusals.counted(caller, request, lambda: guard.jobs.submit(caller, request))
+        return answer(await guard.paid(work), 201)
 
     @router.get("/jobs")
     async def jobs(caller: Annotated[Caller, Depends(who)]) -> Response:
@@ -114,7 +116,8 @@ def make_router(guard: Guard, who: object) -> APIRouter:
         caller: Annotated[Caller, Depends(who)],
         request: Annotated[EvaluationRequest, Depends(reads(EvaluationRequest))],
     ) -> Response:
-        return answer(await guard.paid(guard.refusals.counted(caller, lambda: guard.answers.evaluate(caller, request))))
+        work = guard.refusals.counted(caller, request, lambda: guard.answers.evaluate(caller, request))
+        return answer(await guard.paid(work))
 
     @router.get("/releases")
     async def releases(caller: Annotated[Caller, Depends(who)]) -> Response:

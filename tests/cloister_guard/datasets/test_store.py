@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from cloister_data.errors import StorageError
-from cloister_guard.datasets.keys import FileKeyProvider
 from cloister_guard.datasets.store import DatasetStore, StoredFile, read_table
-from tests.fakes.stored import Shelf
+from tests.fakes.stored import Shelf, file_keys
 
 
 def test_a_table_comes_back_and_is_nowhere_in_the_clear(tmp_path: Path) -> None:
@@ -58,23 +57,23 @@ def test_no_name_leaves_the_directory(tmp_path: Path, name: str) -> None:
 
 def test_results_belong_to_their_release(tmp_path: Path) -> None:
     store = Shelf(tmp_path, rows=20).store
-    stored = store.write_result(b"weights", release="one")
-    assert store.read_result(stored, release="one") == b"weights"
+    stored = store.write_result(b"weights", release="one", owners=["a"])
+    assert store.read_result(stored, release="one", owners=["a"]) == b"weights"
     with pytest.raises(StorageError):
-        store.read_result(stored, release="two")
+        store.read_result(stored, release="two", owners=["a"])
     store.discard(stored)
     with pytest.raises(StorageError):
-        store.read_result(stored, release="one")
+        store.read_result(stored, release="one", owners=["a"])
 
 
 def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path, rows=20)
-    orphan = shelf.store.write_result(b"weights", release="one")
-    kept = shelf.store.write_result(b"weights", release="two")
+    orphan = shelf.store.write_result(b"weights", release="one", owners=["a"])
+    kept = shelf.store.write_result(b"weights", release="two", owners=["a"])
     shelf.store.discard_all_but({shelf.version.file, kept.file})
     assert not (tmp_path / "data" / orphan.file).exists()
-    assert shelf.store.read_result(kept, release="two") == b"weights"
-    again = DatasetStore(tmp_path / "data", FileKeyProvider(tmp_path / "key", platform="simulated"))
+    assert shelf.store.read_result(kept, release="two", owners=["a"]) == b"weights"
+    again = DatasetStore(tmp_path / "data", file_keys(tmp_path / "key"))
     assert again.public_units(shelf.version, shelf.ref()) == 20
     assert again.split_key("p") == shelf.store.split_key("p")
 

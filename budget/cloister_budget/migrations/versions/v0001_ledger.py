@@ -62,7 +62,17 @@ def upgrade() -> None:
         "owners",
         sa.Column("user", sa.String(length=64), nullable=False),
         sa.Column("public_key", sa.LargeBinary(), nullable=False),
+        sa.Column("terms", sa.LargeBinary(), nullable=True),
+        sa.Column("signature", sa.LargeBinary(), nullable=True),
         sa.PrimaryKeyConstraint("user"),
+    )
+    op.create_table(
+        "accepted_gaps",
+        sa.Column("owner", sa.String(length=64), nullable=False),
+        sa.Column("restored", sa.BigInteger(), nullable=False),
+        sa.Column("document", sa.LargeBinary(), nullable=False),
+        sa.Column("signature", sa.LargeBinary(), nullable=False),
+        sa.PrimaryKeyConstraint("owner", "restored"),
     )
     op.create_table(
         "names",
@@ -149,7 +159,8 @@ def upgrade() -> None:
         sa.Column("charge", sa.String(length=32), nullable=False),
         sa.Column("user", sa.String(length=64), nullable=False),
         sa.Column("kind", sa.String(length=16), nullable=False),
-        sa.Column("body_json", sa.Text(), nullable=False),
+        sa.Column("owners", sa.Text(), nullable=False),
+        sa.Column("body", sa.LargeBinary(), nullable=False),
         sa.Column("file", sa.Text(), nullable=True),
         sa.Column("wrapped_key", sa.LargeBinary(), nullable=True),
         sa.Column("created", sa.BigInteger(), nullable=False),

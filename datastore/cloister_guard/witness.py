@@ -1,0 +1,148 @@
+"""The guard's end of the conversation with owners' witnesses: `cloister_data.witness`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+
+import anyio.to_thread
+from pydantic import ValidationError
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from cloister_budget.database import Database
+from cloister_budget.entries import Unlocked
+from cloister_budget.journal import Journal
+from cloister_budget.log import size
+from cloister_budget.tables import EvidenceRow, Leaf
+from cloister_data.checkpoint import CheckpointError
+from cloister_data.cosignature import verify_cosignature, witness_name
+from cloister_data.errors import AuthenticationError, ConflictError
+from cloister_data.witness import (
+    MAX_ENTRIES,
+    MAX_ENTRIES_BYTES,
+    SignedCall,
+    WitnessAnswer,
+    WitnessCall,
+    verify_call,
+)
+from cloister_guard.counts import Counts
+from cloister_guard.leases import Leases
+from cloister_guard.owners import Owners
+
+LOOK_SECONDS = 1.0
+"""What another guard on the same database adds is noticed after so long."""
+
+
+class WitnessDesk:
+    """Takes witnesses' calls. `certificate` is the SHA-256 (32 bytes) of this guard's TLS certificate."""
+
+    def __init__(
+        self,
+        database: Database,
+        journal: Journal,
+        owners: Owners,
+        leases: Leases,
+        counts: Counts,
+        certificate: bytes,
+    ) -> None:
+        self._database = database
+        self._journal = journal
+        self._owners = owners
+        self._leases = leases
+        self._counts = counts
+        self._certificate = certificate
+        self._waiting: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
+        journal.on_growth(self._wake)
+
+    async def answer(self, signed: SignedCall) -> WitnessAnswer:
+        """One call. Raises AuthenticationError; ConflictError where the witness signed for another log than this."""
+        event = asyncio.Event()
+        entry = (asyncio.get_running_loop(), event)
+        self._waiting.add(entry)
+        try:
+            call = await anyio.to_thread.run_sync(self._admit, signed)
+            deadline = time.monotonic() + call.wait
+            while (left := deadline - time.monotonic()) > 0 and not await anyio.to_thread.run_sync(self._grew, call):
+                try:
+                    async with asyncio.timeout(min(left, LOOK_SECONDS)):
+                        await event.wait()
+                except TimeoutError:
+                    pass
+                event.clear()
+        finally:
+            self._waiting.discard(entry)
+        return await anyio.to_thread.run_sync(self._tell, call)
+
+    def _wake(self) -> None:
+        for loop, event in list(self._waiting):
+            loop.call_soon_threadsafe(event.set)
+
+    def _admit(self, signed: SignedCall) -> WitnessCall:
+        """The call, once it is the owner's witness's, and is about this log; its lease is taken."""
+        try:
+            owner = WitnessCall.from_json(signed.call).owner
+            # An owner without a witness is answered like a wrong signature: 32 zero bytes are nobody's key.
+            key = self._owners.witness(owner) or bytes(32)
+            call = verify_call(signed, key, self._certificate)
+        except (ValidationError, AuthenticationError):
+            self._counts.witness_call_refused()
+            raise
+        with self._database.read() as session:
+            self._check_log(session, call, key)
+        if self._leases.renew(owner, key, call.size, call.cosignature, call.unlock):
+            with self._database.write() as session:
+                ref = self._journal.ref(session, "user", owner)
+                self._journal.append(session, Unlocked(owner=ref, witness=key.hex(), size=call.size))
+        return call
+
+    def _check_log(self, session: Session, call: WitnessCall, key: bytes) -> None:
+        entries = size(session)
+        if call.size > entries:
+            raise _other_log(f"It has signed for {call.size} entries, and there are {entries}.")
+        if call.size == 0 and not call.cosignature:
+            return
+        try:
+            stated = self._journal.log.stated(session, call.size)
+            verify_cosignature(stated, call.cosignature, witness_name(call.owner), key)
+        except CheckpointError as error:
+            raise _other_log(f"Its signature isn't under the first {call.size} entries that are here.") from error
+
+    def _grew(self, call: WitnessCall) -> bool:
+        with self._database.read() as session:
+            return size(session) > call.size
+
+    def _tell(self, call: WitnessCall) -> WitnessAnswer:
+        with self._database.read() as session:
+            wanted = select(Leaf).where(Leaf.index >= call.size).order_by(Leaf.index).limit(MAX_ENTRIES)
+            entries: list[bytes] = []
+            evidence: list[bytes] = []
+            held = 0
+            for leaf in session.scalars(wanted):
+                record = _evidence_of(session, leaf)
+                held += len(leaf.payload) + len(record or b"")
+                if entries and held > MAX_ENTRIES_BYTES:
+                    break
+                entries.append(leaf.payload)
+                evidence += [] if record is None else [record]
+            checkpoint = self._journal.log.checkpoint(session, call.size + len(entries))
+        lease = self._leases.of(call.owner)
+        open_for = 0.0 if lease is None or lease.key is None else max(0.0, lease.until - time.monotonic())
+        return WitnessAnswer(entries=tuple(entries), evidence=tuple(evidence), checkpoint=checkpoint, lease=open_for)
+
+
+def _evidence_of(session: Session, leaf: Leaf) -> bytes | None:
+    """The evidence record of a guard's start; None of another entry."""
+    if leaf.kind != "guard-started":
+        return None
+    row = session.get(EvidenceRow, json.loads(leaf.payload)["facts"]["evidence"])
+    return b"" if row is None else row.record_json.encode()
+
+
+def _other_log(why: str) -> ConflictError:
+    return ConflictError(
+        "The witness has signed for another log than this cloister's.",
+        why=why,
+        next_step="The log was set back or replaced. Ask the operator; nothing of the owner's was unlocked.",
+    )
