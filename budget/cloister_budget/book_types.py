@@ -14,10 +14,11 @@ from cloister_data.policy import Limit
 
 @dataclass(frozen=True)
 class TermsBook:
-    """An owner's terms in force: `witness` is a public key in hex."""
+    """An owner's terms in force: `witness` is a public key in hex, `unlock` the digest of the key to the data."""
 
     version: int
     witness: str
+    unlock: str
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,9 @@ class Books:
             raise _Wrong("It isn't the next version of the owner's terms.")
         if known is None and any(each.owner == facts.owner for each in self.populations.values()):
             raise _Wrong("The owner had data here before, which no witness guards.")
-        self.terms[facts.owner] = TermsBook(facts.version, facts.witness)
+        if known is not None and known.unlock != facts.unlock:
+            raise _Wrong("It names another key to the owner's data, which nothing that is stored would open with.")
+        self.terms[facts.owner] = TermsBook(facts.version, facts.witness, facts.unlock)
 
     def _unlocked(self, facts: entries.Unlocked) -> None:
         known = self.terms.get(facts.owner)

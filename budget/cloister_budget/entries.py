@@ -95,13 +95,17 @@ class Refused(Wire):
 
 
 class OwnerTermsSet(Wire):
-    """An owner's signed terms come into force: from here on `witness` guards the owner's data."""
+    """An owner's signed terms come into force: from here on `witness` guards the owner's data.
+
+    `unlock` is the digest of the key to them (`cloister_data.witness.unlock_digest`).
+    """
 
     kind: Literal["owner-terms"] = "owner-terms"
     owner: Ref
     owner_key: Key
     version: int = Field(ge=1)
     witness: Key
+    unlock: Digest
     terms: Digest
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cloister_data.base import UserName, Wire
+from cloister_data.base import Digest, UserName, Wire
 from cloister_data.checkpoint import MAX_SIZE
 
 TERMS_LABEL = b"cloister/owner-terms/v1\n"
@@ -21,7 +21,8 @@ class OwnerTerms(Wire):
     """The owner's standing orders to one cloister; a later version replaces the earlier one.
 
     `origin` is the cloister's log. `witness` is the key of the owner's witness, without which the owner's data are
-    locked and no answer from them leaves. Its key may change; once there is a witness there is always one.
+    locked and no answer from them leaves. Its key may change; once there is a witness there is always one. `unlock` is
+    the digest of the key to the data (`cloister_data.witness.unlock_digest`), which never changes.
     """
 
     format: Literal[1] = 1
@@ -29,6 +30,7 @@ class OwnerTerms(Wire):
     owner: UserName
     version: int = Field(ge=1, le=1_000_000)
     witness: PublicKey
+    unlock: Digest
 
 
 class SignedTerms(Wire):

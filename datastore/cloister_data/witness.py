@@ -7,6 +7,7 @@ before it signs in its next call. A call may wait for news; without any it only 
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated
 
 from cryptography.exceptions import InvalidSignature
@@ -19,11 +20,17 @@ from cloister_data.cosignature import MAX_LINE
 from cloister_data.errors import AuthenticationError
 
 WITNESS_LABEL = b"cloister/witness/v1\n"
+UNLOCK_LABEL = b"cloister/unlock/v1\n"
 UNLOCK_BYTES = 32
 MAX_WAIT_SECONDS = 20
 MAX_ENTRIES_BYTES = 4 << 20
 MAX_ENTRIES = 5000
 MAX_EVIDENCE_BYTES = 8 << 20
+
+
+def unlock_digest(key: bytes) -> str:
+    """What terms and log say of the key to an owner's data (32 random bytes): SHA-256 over a label and the key."""
+    return hashlib.sha256(UNLOCK_LABEL + key).hexdigest()
 
 
 class WitnessCall(Wire):

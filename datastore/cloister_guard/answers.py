@@ -152,6 +152,7 @@ class Answers:
             return await self._releases.hand_out(earlier)
         async with self._pool.worker() as worker:
             # Whatever can fail without a look at the data fails here, before anything is charged.
+            files = [self._store.source_file(source.version, source.ref) for source in sources]
             if prepare is not None:
                 await prepare(worker)
             reserved = await self._charging.write(
@@ -166,9 +167,7 @@ class Answers:
                     next_step="cloister.history() shows what was answered; ask again with a new request id.",
                 )
             try:
-                estimates = await compute(
-                    worker, [self._store.source_file(source.version, source.ref) for source in sources]
-                )
+                estimates = await compute(worker, files)
             except Exception as error:
                 # The charge stands, because an error tells something too, and says the same whatever its cause.
                 await self._charging.settle(reserved.charge_id, executed=True)

@@ -30,7 +30,7 @@ from cloister_data.training import JobList, JobView, RehearsalReport, TrainingPl
 from cloister_guard.access import Source, admit, load_sources, refuse_halted, release_delta
 from cloister_guard.answers import WorkerPool
 from cloister_guard.charging import Charging, Price, price
-from cloister_guard.datasets.store import DatasetStore, StoredFile
+from cloister_guard.datasets.store import DatasetStore, SourceFile, StoredFile
 from cloister_guard.events import EventHub
 from cloister_guard.identity import Caller
 from cloister_guard.models import ModelStore
@@ -154,6 +154,7 @@ class Jobs:
         sources, units = await self._load(caller, plan)
         async with contextlib.AsyncExitStack() as stack:
             worker = await stack.enter_async_context(self._pool.worker())
+            files = [self._store.source_file(source.version, source.ref) for source in sources]
             cost, _ = await self._prepare(worker, caller, plan, sources, units)
             await self._charging.check(caller, sources, cost)
             job = secrets.token_hex(16)
@@ -190,7 +191,7 @@ class Jobs:
                 raise
             # The worker outlives this request: the job's task closes it.
             running.task = asyncio.create_task(
-                self._run(job, charge, worker, stack.pop_all(), caller, sources, plan, cost), name=f"job {job}"
+                self._run(job, charge, worker, stack.pop_all(), caller, sources, files, plan, cost), name=f"job {job}"
             )
         self._events.publish(JobEvent(job=view), frozenset({caller.user}))
         await self._charging.announce(caller.user, sources)
@@ -204,6 +205,7 @@ class Jobs:
         stack: contextlib.AsyncExitStack,
         caller: Caller,
         sources: tuple[Source, ...],
+        files: list[SourceFile],
         plan: TrainingPlan,
         cost: Price,
     ) -> None:
@@ -230,7 +232,6 @@ class Jobs:
         try:
             async with stack:
                 await self._charging.read(lambda session: refuse_halted(session, sources, caller.user))
-                files = [self._store.source_file(source.version, source.ref) for source in sources]
                 weights = await worker.train(files, mechanism.noise_multiplier, on_mark, on_progress)
             stored = await anyio.to_thread.run_sync(
                 lambda: self._store.write_result(weights, release=job, owners=owners)

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from cloister_budget.book_types import TermsBook
 from cloister_budget.database import Database
 from cloister_budget.entries import GapAccepted, Locked, OwnerTermsSet
 from cloister_budget.journal import Journal
@@ -37,10 +38,14 @@ class Owners:
         self._leases = leases
         self._refs: dict[str, str] = {}
 
+    def terms(self, owner: str) -> TermsBook | None:
+        """The owner's terms in force; None where they have no witness."""
+        ref = self._ref(owner)
+        return None if ref is None else self._journal.terms(ref)
+
     def witness(self, owner: str) -> bytes | None:
         """The public key (32 bytes) of the owner's witness; None where they have none."""
-        ref = self._ref(owner)
-        terms = None if ref is None else self._journal.terms(ref)
+        terms = self.terms(owner)
         return None if terms is None else bytes.fromhex(terms.witness)
 
     def witnesses(self, owners: Collection[str]) -> tuple[WitnessKey, ...]:
@@ -97,6 +102,13 @@ class Owners:
 
     def _put(self, session: Session, row: Owner | None, owner: str, terms: OwnerTerms, request: TermsRequest) -> None:
         following = 1 if row is None or row.terms is None else OwnerTerms.from_json(row.terms).version + 1
+        known = self.terms(owner)
+        if known is not None and known.unlock != terms.unlock:
+            raise PolicyRefusedError(
+                "The terms name another key to the data.",
+                why="What is stored here opens with the first one alone.",
+                next_step="Put unlock.key back from your copy of it, then: cloister owner init.",
+            )
         if (terms.owner, terms.origin, terms.version) != (owner, self._journal.log.origin, following):
             raise PolicyRefusedError(
                 "The terms are for something else.",
@@ -116,14 +128,17 @@ class Owners:
             session.add(row)
         row.terms, row.signature = request.terms.document, request.terms.signature
         ref = self._journal.ref(session, "user", owner)
-        key = request.owner_key.hex()
-        witness = terms.witness.hex()
         self._journal.append(
             session,
             OwnerTermsSet(
-                owner=ref, owner_key=key, version=terms.version, witness=witness, terms=terms.digest()
+                owner=ref,
+                owner_key=request.owner_key.hex(),
+                version=terms.version,
+                witness=terms.witness.hex(),
+                unlock=terms.unlock,
+                terms=terms.digest(),
             ),
-        )  # fmt: skip
+        )
         lease = self._leases.of(owner)
         if lease is not None and lease.witness != terms.witness:
             self._leases.drop(owner)

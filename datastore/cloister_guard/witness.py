@@ -25,6 +25,7 @@ from cloister_data.witness import (
     SignedCall,
     WitnessAnswer,
     WitnessCall,
+    unlock_digest,
     verify_call,
 )
 from cloister_guard.counts import Counts
@@ -91,6 +92,13 @@ class WitnessDesk:
             raise
         with self._database.read() as session:
             self._check_log(session, call, key)
+        terms = self._owners.terms(owner)
+        if call.unlock is not None and (terms is None or unlock_digest(call.unlock) != terms.unlock):
+            raise ConflictError(
+                "The witness brought another key than that to the owner's data.",
+                why="It isn't the one that the owner's terms name, and would open nothing.",
+                next_step="Put unlock.key back from your copy of it.",
+            )
         if self._leases.renew(owner, key, call.size, call.cosignature, call.unlock):
             with self._database.write() as session:
                 ref = self._journal.ref(session, "user", owner)

@@ -19,6 +19,7 @@ from cloister_cli.output import AsJson, print_error, print_json, say
 from cloister_data.errors import CloisterError, ConfigurationError, InvalidRequestError
 from cloister_data.owner import public_bytes, sign_gap, sign_terms, verify_terms
 from cloister_data.terms import Gap, GapStatement, OwnerTerms, OwnerView, TermsRequest
+from cloister_data.witness import unlock_digest
 
 app = typer.Typer(no_args_is_help=True, help="Hold the keys to your data: signing key, witness, restores.")
 
@@ -41,6 +42,7 @@ def init(profile: ProfileOption = None, as_json: AsJson = False) -> None:
                 owner=view.owner,
                 version=1 if known is None else known.version + 1,
                 witness=keys.public,
+                unlock=unlock_digest(keys.unlock),
             )
             request = TermsRequest(owner_key=public_bytes(owner_key), terms=sign_terms(terms, owner_key))
             view = session.transport.call("PUT", "/owner", request, OwnerView)

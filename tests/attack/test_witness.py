@@ -1,0 +1,257 @@
+"""An owner's witness: nothing leaves that it hasn't signed for, and no log that was set back gets the keys."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shutil
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from cloister.mirror import MirrorState
+from cloister.profile import Profile, read_wire
+from cloister.receipts import fetch
+from cloister.witness import keys_of
+from cloister_budget.receipts import ReceiptError, verify_receipt
+from cloister_data.cosignature import witness_name
+from cloister_data.datasets import SplitRef
+from cloister_data.errors import (
+    AttestationRefusedError,
+    AuthenticationError,
+    ConflictError,
+    PolicyRefusedError,
+    UnavailableError,
+)
+from cloister_data.owner import public_bytes, sign_terms
+from cloister_data.release import Release, ReleaseList
+from cloister_data.statistics import QueryRequest, Question
+from cloister_data.terms import OwnerTerms, OwnerView, TermsRequest
+from cloister_data.witness import WitnessAnswer, WitnessCall, sign_call, unlock_digest
+from tests.cloister_guard.test_jobs import make_plan, network, send_model, submit, used, wait
+from tests.fakes import witnesses
+from tests.fakes.data import PEOPLE, people
+from tests.fakes.running import RunningCloister, make_policy, running_cloister
+from tests.fakes.witnesses import Serving, until
+
+OWNER, DATASET = "clinic", "clinic/people"
+LEASE = "lease_seconds = 2.0\n"
+
+
+class House:
+    """A cloister with one dataset that its owner's witness guards, and one of an owner without."""
+
+    def __init__(self, cloister_: RunningCloister) -> None:
+        self.cloister = cloister_
+        cloister_.add_user("ann", "scientist")
+        witnesses.init(cloister_, OWNER)
+        with self.witness():
+            cloister_.upload(DATASET, people(600), PEOPLE, make_policy(DATASET, {"ann": 30.0}))
+
+    @property
+    def profile(self) -> Profile:
+        """Of the owner; a cloister that was restarted has another address."""
+        return self.cloister.session(OWNER).profile
+
+    @contextlib.contextmanager
+    def witness(self) -> Iterator[Serving]:
+        with witnesses.serving(self.profile, owner=OWNER) as found:
+            until(lambda: found.error or self.view().unlocked)
+            yield found
+
+    def view(self) -> OwnerView:
+        return witnesses.view(self.cloister.session(OWNER))
+
+    def ask(self, dataset: str = DATASET, request: str | None = None) -> Release:
+        question = Question(source=SplitRef(dataset=dataset), operation="count")
+        wanted = QueryRequest(request_id=request or secrets.token_hex(16), question=question, epsilon=0.1)
+        return self.cloister.session("ann").transport.call("POST", "/queries", wanted, Release)
+
+    def history(self) -> ReleaseList:
+        return self.cloister.session("ann").transport.call("GET", "/releases", None, ReleaseList)
+
+    def kinds(self) -> list[str]:
+        with contextlib.closing(sqlite3.connect(self.cloister.state / "cloister.db", timeout=30)) as database:
+            return [kind for (kind,) in database.execute('SELECT kind FROM leaves ORDER BY "index"')]
+
+
+@pytest.fixture(scope="module")
+def house() -> Iterator[House]:
+    with running_cloister(LEASE) as cloister_:
+        yield House(cloister_)
+
+
+def test_an_answer_leaves_with_its_witness_s_signature(house: House) -> None:
+    with house.witness():
+        release = house.ask()
+        session = house.cloister.session("ann")
+        receipt = release.receipt
+        assert receipt.rollback == "prevented by witness"
+        verify_receipt(receipt, receipt.log_key)
+        assert fetch(session.transport, receipt).verify(session.profile.policy()).size > receipt.leaf
+        (witnessed,) = receipt.witnessed
+        assert witnessed.size > receipt.leaf
+        assert f"— {witness_name(OWNER)} " in witnessed.cosignature
+        # Given again, it is the same; and it took no long wait.
+        assert house.history().releases[-1] == release
+        begun = time.monotonic()
+        for _ in range(3):
+            house.ask()
+        assert time.monotonic() - begun < 9
+    for changed in (
+        receipt.model_copy(update={"witnessed": ()}),
+        receipt.model_copy(update={"witnesses": ()}),
+        receipt.model_copy(update={"rollback": "not prevented"}),
+        receipt.model_copy(update={"witnessed": (witnessed.model_copy(update={"owner": "other"}),)}),
+        receipt.model_copy(update={"witnessed": (witnessed.model_copy(update={"root": bytes(32)}),)}),
+        receipt.model_copy(update={"witnessed": (witnessed.model_copy(update={"size": witnessed.size + 1}),)}),
+        receipt.model_copy(update={"witnessed": (witnessed.model_copy(update={"inclusion": ()}),)}),
+    ):
+        with pytest.raises(ReceiptError):
+            verify_receipt(changed, receipt.log_key)
+
+
+def test_silence_locks_the_data_and_an_owner_without_a_witness_is_not_held_up(house: House) -> None:
+    house.cloister.upload("open/people", people(50), PEOPLE, make_policy("open/people", {"ann": 9.0}))
+    with house.witness():
+        before = len(house.history().releases)
+    until(lambda: not house.view().unlocked)
+    with pytest.raises(UnavailableError, match="locked"):
+        house.ask()
+    free = house.ask("open/people")
+    assert free.receipt.rollback == "not prevented"
+    # What was paid waits behind the lock as well, and nothing of it lies in the database to be read.
+    history = house.history()
+    assert (len(history.releases), history.withheld) == (1, before)
+    raw = b"".join(path.read_bytes() for path in house.cloister.state.glob("cloister.db*"))
+    assert b"estimates" not in raw
+    assert "locked" in house.kinds()
+    with house.witness():
+        assert len(house.history().releases) == before + 1
+        house.ask()
+
+
+def test_an_answer_waits_for_the_signature_and_is_paid_once(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A witness that lends the key and signs for nothing new: the answer is recorded, and doesn't leave."""
+    with house.witness():
+        pass
+    session = house.cloister.session(OWNER)
+    keys = keys_of(house.profile)
+    state = read_wire(keys.directory / "state.json", MirrorState)
+    assert state is not None
+    certificate = bytes.fromhex(session.certificate_digest)
+    call = WitnessCall(owner=OWNER, size=state.size, cosignature=state.cosignature, unlock=keys.unlock, wait=0)
+    lent = session.transport.call("POST", "/witness", sign_call(call, keys.signing, certificate), WitnessAnswer)
+    assert lent.lease > 0
+    request = secrets.token_hex(16)
+    stop = time.monotonic() + 12
+    with pytest.raises(UnavailableError, match="witness"):
+        house.ask(request=request)
+    assert time.monotonic() < stop
+    assert house.history().withheld > 0
+    with house.witness():
+        until(lambda: house.history().withheld == 0)
+        charges = len([kind for kind in house.kinds() if kind == "charge-reserved"])
+        again = house.ask(request=request)
+        assert again.receipt.rollback == "prevented by witness"
+        assert len([kind for kind in house.kinds() if kind == "charge-reserved"]) == charges
+
+
+def test_nobody_else_is_the_witness(house: House) -> None:
+    session = house.cloister.session(OWNER)
+    keys = keys_of(house.profile)
+    certificate = bytes.fromhex(session.certificate_digest)
+    call = WitnessCall(owner=OWNER, size=0, cosignature="", unlock=b"k" * 32, wait=0)
+    stranger = session.profile.owner_key()
+    for signed in (
+        sign_call(call, stranger, certificate),
+        sign_call(call, keys.signing, bytes(32)),
+        sign_call(call.model_copy(update={"owner": "open"}), keys.signing, certificate),
+        sign_call(call, keys.signing, certificate).model_copy(
+            update={"call": call.model_copy(update={"unlock": b"x" * 32}).to_json()}
+        ),
+    ):
+        with pytest.raises(AuthenticationError):
+            session.transport.call("POST", "/witness", signed, WitnessAnswer)
+    # Nor does the witness itself open anything with another key than that of the owner's terms.
+    with pytest.raises(ConflictError, match="another key"):
+        session.transport.call("POST", "/witness", sign_call(call, keys.signing, certificate), WitnessAnswer)
+    # The control.
+    right = call.model_copy(update={"unlock": keys.unlock})
+    assert session.transport.call("POST", "/witness", sign_call(right, keys.signing, certificate), WitnessAnswer).lease
+    until(lambda: not house.view().unlocked)
+
+
+def test_terms_are_signed_pinned_and_before_any_data(house: House) -> None:
+    with pytest.raises(ConflictError, match="no witness"):
+        witnesses.init(house.cloister, "open")
+    session = house.cloister.session(OWNER)
+    thief = Ed25519PrivateKey.generate()
+    terms = OwnerTerms(origin=house.view().origin, owner=OWNER, version=2, witness=public_bytes(thief), unlock="0" * 64)
+    for pinned, key in ((public_bytes(thief), thief), (public_bytes(session.profile.owner_key()), thief)):
+        request = TermsRequest(owner_key=pinned, terms=sign_terms(terms, key))
+        with pytest.raises(PolicyRefusedError):
+            session.transport.call("PUT", "/owner", request, OwnerView)
+    own = session.profile.owner_key()
+    unlock = unlock_digest(keys_of(session.profile).unlock)
+    for wrong in ({"version": 1, "unlock": unlock}, {"origin": "cloister/other", "unlock": unlock}, {"version": 2}):
+        signed = sign_terms(terms.model_copy(update=wrong), own)
+        with pytest.raises(PolicyRefusedError):
+            session.transport.call("PUT", "/owner", TermsRequest(owner_key=public_bytes(own), terms=signed), OwnerView)
+
+
+def test_a_log_that_was_set_back_gets_no_key_and_the_owner_sees_both(house: House) -> None:
+    cloister_ = house.cloister
+    with house.witness():
+        house.ask()
+    assert cloister_.stop() == 0
+    kept = cloister_.base / "kept"
+    kept.mkdir()
+    for path in cloister_.state.glob("cloister.db*"):
+        shutil.copy(path, kept / path.name)
+    cloister_.restart()
+    with house.witness() as served:
+        assert served.error is None
+        house.ask()
+        seen = house.view().cosigned
+    assert cloister_.stop() == 0
+    _put_back(kept, cloister_.state)
+    # A whole old database, log and signature and all: the guard itself can't see it. A laptop without memory neither.
+    shutil.rmtree(cloister_.base / "laptop" / "profiles" / "ann")
+    for checkpoint in (cloister_.base / "laptop" / "profiles").glob("*/checkpoint.json"):
+        checkpoint.unlink()
+    cloister_.restart()
+    with witnesses.serving(house.profile, owner=OWNER) as served:
+        served.wait()
+        assert isinstance(served.error, AttestationRefusedError | ConflictError)
+        assert "signed for" in str(served.error)
+        assert f"{seen}" in str(served.error)
+    with pytest.raises(UnavailableError, match="locked"):
+        house.ask()
+
+
+def _put_back(kept: Path, state: Path) -> None:
+    for path in state.glob("cloister.db*"):
+        path.unlink()
+    for path in kept.iterdir():
+        shutil.copy(path, state / path.name)
+
+
+def test_a_job_ends_when_the_witness_falls_silent() -> None:
+    with running_cloister(LEASE) as cloister_:
+        house = House(cloister_)
+        transport = cloister_.session("ann").transport
+        with house.witness():
+            sources = ({"dataset": DATASET, "part": "train"},)
+            plan = make_plan(send_model(transport, network()), sources=sources, epochs=9000, epsilon=8.0)
+            job = submit(transport, plan).job
+        ended = wait(transport, job)
+        assert (ended.state, ended.code) == ("cancelled", "locked")
+        assert 0 < used(transport)[f"{DATASET}:ann"][0] < 0.2
+        # The witness is back: what was stopped stays spent, and the next one runs.
+        with house.witness():
+            assert house.ask().receipt.rollback == "prevented by witness"
