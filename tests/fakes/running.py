@@ -120,10 +120,10 @@ class RunningCloister:
             return None
         return sign_statement(statement_about(population, known), key)
 
-    def restart(self) -> None:
+    def restart(self, *arguments: str) -> None:
         """Start the same cloister again after its process has ended. Sessions are opened anew."""
         self.sign_out()
-        again = start(self.base, self.runtime, self.base / "cloister.toml")
+        again = start(self.base, self.runtime, self.base / "cloister.toml", *arguments)
         self.process, self.url, self.trust = again.process, again.url, again.trust
 
     def sign_out(self) -> None:
@@ -146,7 +146,7 @@ def write_config(base: Path, runtime: Path, *, listen: str = "127.0.0.1:0", extr
     return path
 
 
-def start(base: Path, runtime: Path, config: Path) -> RunningCloister:
+def start(base: Path, runtime: Path, config: Path, *arguments: str) -> RunningCloister:
     """Start `cloister serve` and wait until it is ready."""
     ready = base / "state" / "ready.json"
     ready.unlink(missing_ok=True)
@@ -158,6 +158,7 @@ def start(base: Path, runtime: Path, config: Path) -> RunningCloister:
             "import typer; from cloister_cli.serve import serve; typer.run(serve)",
             "--config",
             os.fspath(config),
+            *arguments,
         ],
         stdin=subprocess.DEVNULL,
         stdout=log,
