@@ -51,7 +51,10 @@ class Answer:
 
 
 WITNESS_SECONDS = 10.0
-"""For so long an answer waits for its owners' witnesses to sign; then whoever asked is told to fetch it later."""
+"""For so long an answer waits for its owners' witnesses to sign, at most; then whoever asked is told to fetch it later.
+
+A witness that is silent for longer than its lease has locked the data.
+"""
 
 
 class ReleaseDesk:
@@ -137,7 +140,7 @@ class ReleaseDesk:
         )
         return release
 
-    async def hand_out(self, release: Release, seconds: float = WITNESS_SECONDS) -> Release:
+    async def hand_out(self, release: Release) -> Release:
         """The release as it may leave, with its witnesses' signatures in its receipt.
 
         Raises UnavailableError where a witness hasn't signed for it in time; it is paid, and can be fetched later.
@@ -145,6 +148,7 @@ class ReleaseDesk:
         if not self._waits(release):
             return release
         owners = [each.owner for each in release.receipt.witnesses]
+        seconds = min(WITNESS_SECONDS, self._leases.seconds)
         if not await self._leases.cosigned(owners, release.receipt.leaf + 1, seconds):
             raise UnavailableError(
                 "The answer is paid and recorded, and waits for its owner's witness.",

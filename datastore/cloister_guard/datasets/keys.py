@@ -55,14 +55,14 @@ class KeyRing:
         """The wrapped form of a key, or of a longer text. Raises UnavailableError, or StorageError."""
         found = secret
         for provider in self._providers(owners):
-            found = provider.wrap(found, context)
+            found = provider.wrap(found, _for_owners(context, owners))
         return found
 
     def unwrap(self, wrapped: bytes, context: bytes, owners: Collection[str]) -> bytes:
         """What was wrapped for the same context and owners. Raises UnavailableError, or StorageError."""
         found = wrapped
         for provider in reversed(self._providers(owners)):
-            found = provider.unwrap(found, context)
+            found = provider.unwrap(found, _for_owners(context, owners))
         return found
 
     def split_secret(self, owner: str) -> bytes | None:
@@ -74,6 +74,10 @@ class KeyRing:
         lent = [self._lent(owner) for owner in sorted(set(owners))]
         of_owners: list[KeyProvider] = [LentKey(key) for key in lent if key is not None]
         return of_owners if of_owners and None not in lent else [self._machine, *of_owners]
+
+
+def _for_owners(context: bytes, owners: Collection[str]) -> bytes:
+    return b"\n".join((context, *(owner.encode() for owner in sorted(set(owners)))))
 
 
 class LentKey:
