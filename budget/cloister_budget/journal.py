@@ -18,7 +18,7 @@ from cloister_budget import merkle
 from cloister_budget.books import Books, BooksError
 from cloister_budget.database import after_commit
 from cloister_budget.entries import Entry, LeafBody
-from cloister_budget.log import Added, AuditLog, reader, size
+from cloister_budget.log import Added, AuditLog, Edge, reader, size
 from cloister_budget.names import Names
 from cloister_budget.replay import Replay
 from cloister_budget.tables import Leaf, LogHead
@@ -61,12 +61,23 @@ class Journal:
             self._catch_up(s, size(s))
             return self._read.books.log_keys[-1] if self._read.books.log_keys else None
 
+    def checkpoint(self, s: Session) -> str:
+        """A signed note over every leaf that the transaction sees, and those that this guard has added since.
+
+        Each of them was read and holds: an edited database gets no signature of this guard's. Raises as `open` does.
+        """
+        # Before the lock: whoever holds it waits for no connection.
+        end = size(s)
+        with self._lock:
+            self._catch_up(s, end)
+            return self.log.sign(self._read.tree.size, self._read.tree.root())
+
     def append(self, s: Session, entry: Entry) -> Added:
         """Add a leaf. As `AuditLog.add`: last in the transaction, and gone with it.
 
         Raises StorageError where the books don't admit it: the database isn't what this cloister wrote.
         """
-        draft: _Draft = s.info.get(_DRAFT) or self._begin(s, self.log.next_index(s))
+        draft: _Draft = s.info.get(_DRAFT) or self._begin(s, self.log.end(s))
         added = self.log.add(s, entry.kind, entry)
         try:
             draft.books.apply(LeafBody(index=added.index, at=added.at, facts=entry))
@@ -75,11 +86,15 @@ class Journal:
         draft.hashes.append(added.hash)
         return added
 
-    def _begin(self, s: Session, index: int) -> _Draft:
-        """A draft over the books up to `index`. The log's lock is held: nobody appends meanwhile."""
+    def _begin(self, s: Session, edge: Edge) -> _Draft:
+        """A draft over the books up to the log's end. The log's lock is held: nobody appends meanwhile."""
+        index = edge.size
         with self._lock:
             # Another guard's leaves, or another transaction's of this one that has just committed.
             self._catch_up(s, index)
+            if self._read.tree.root() != merkle.root(index, edge.read):
+                self._read = Replay()
+                raise _edited("Its entries aren't those that this guard has seen.")
             draft = s.info[_DRAFT] = _Draft(self._read.books.draft(), [])
 
         def committed() -> None:

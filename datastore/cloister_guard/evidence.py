@@ -61,7 +61,7 @@ class EvidenceDesk:
     def answer(self, nonce: bytes) -> Evidence:
         """Fresh evidence for a 32-byte nonce, over the log's newest checkpoint."""
         with self._database.read() as session:
-            checkpoint = self._log.checkpoint(session)
+            checkpoint = self._journal.checkpoint(session)
         bound = report_data(self.identity.spki, nonce, b"", checkpoint.encode(), self._log.public_key)
         report, certificates = self._attester.collect(bound)
         return Evidence(
