@@ -49,6 +49,19 @@ class Scene:
             again.stop()
         return True
 
+    def restart(self) -> None:
+        self.guard.stop()
+        self.guard = SmallGuard(self.url).start()
+        for number in range(LOGINS):
+            self.guard.login(f"user-{number}")
+
+    def anew(self) -> Iterator[str]:
+        """The name of each change; the database is before each what it is now."""
+        kept = self.hands.copy()
+        for name in CHANGES:
+            self.hands.put(kept)
+            yield name
+
     def _refused(self, error: StorageError) -> bool:
         assert "audit log" in error.what, error
         return False
@@ -132,25 +145,26 @@ def attack(scene: Scene, change: Change, *, careful: bool) -> None:
 
 
 @pytest.mark.parametrize("careful", [False, True], ids=["crude", "careful"])
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_an_edited_log_starts_no_guard(scene: Scene, change: Change, careful: bool) -> None:
+def test_an_edited_log_starts_no_guard(scene: Scene, careful: bool) -> None:
     scene.guard.stop()
-    attack(scene, change, careful=careful)
-    assert not scene.starts()
+    for name in scene.anew():
+        attack(scene, CHANGES[name], careful=careful)
+        assert not scene.starts(), name
 
 
-UNSEEN = {(name, False) for name in ("a byte in the midst", "a byte of the last", "one dropped", "two swapped")}
+MAY_GO_ON = {(name, False) for name in ("a byte in the midst", "a byte of the last", "one dropped", "two swapped")}
 """A running guard doesn't read an entry again; of the hashes beside them it reads the last, and those in proofs."""
 
 
 @pytest.mark.parametrize("careful", [False, True], ids=["crude", "careful"])
-@pytest.mark.parametrize("name", CHANGES)
-def test_an_edited_log_under_a_running_guard_is_refused(scene: Scene, name: str, careful: bool) -> None:
+def test_an_edited_log_under_a_running_guard_is_refused(scene: Scene, careful: bool) -> None:
     """At the next answer; where it doesn't see it, it goes on from what it knows, and no start follows."""
-    attack(scene, CHANGES[name], careful=careful)
-    assert scene.goes_on() == ((name, careful) in UNSEEN)
-    scene.guard.stop()
-    assert not scene.starts()
+    for name in scene.anew():
+        scene.restart()
+        attack(scene, CHANGES[name], careful=careful)
+        assert not scene.goes_on() or (name, careful) in MAY_GO_ON, name
+        scene.guard.stop()
+        assert not scene.starts(), name
 
 
 def test_the_control_rows_that_are_written_back_as_they_were_change_nothing(scene: Scene) -> None:
@@ -163,14 +177,14 @@ def test_the_control_rows_that_are_written_back_as_they_were_change_nothing(scen
     assert scene.starts()
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_the_control_without_the_signature_a_careful_edit_is_believed(
-    scene: Scene, change: Change, monkeypatch: pytest.MonkeyPatch
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Journal, "_check_head", lambda *_: None)
     scene.guard.stop()
-    attack(scene, change, careful=True)
-    assert scene.starts()
+    for name in scene.anew():
+        attack(scene, CHANGES[name], careful=True)
+        assert scene.starts(), name
 
 
 def test_the_control_without_its_memory_a_running_guard_goes_on_over_a_shorter_log(scene: Scene) -> None:
@@ -281,15 +295,16 @@ def root_of(rows: list[Row]) -> bytes:
     return tree.root()
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_running_guard_signs_nothing_that_it_did_not_read(scene: Scene, change: Change) -> None:
+def test_a_running_guard_signs_nothing_that_it_did_not_read(scene: Scene) -> None:
     """Anybody may ask for evidence, and it holds a signed checkpoint: over an edited tree it would be the signature
     that the edit lacks."""
-    attack(scene, change, careful=True)
-    forged = scene.hands.leaves()
-    assert shown(scene.guard) != (len(forged), root_of(forged))
-    # An answer, whose receipt would hold one, doesn't leave.
-    assert not scene.goes_on()
+    for name in scene.anew():
+        scene.restart()
+        attack(scene, CHANGES[name], careful=True)
+        forged = scene.hands.leaves()
+        assert shown(scene.guard) != (len(forged), root_of(forged)), name
+        # An answer, whose receipt would hold one, doesn't leave.
+        assert not scene.goes_on(), name
 
 
 def test_the_control_a_guard_that_signed_what_is_stored_would_sign_for_a_forged_entry(scene: Scene) -> None:
