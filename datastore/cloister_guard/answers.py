@@ -53,6 +53,7 @@ class WorkerPool:
     def __init__(self, limit: int, limits: WorkerLimits) -> None:
         self._slots = asyncio.Semaphore(limit)
         self._limits = limits
+        self.busy = 0
 
     @contextlib.asynccontextmanager
     async def worker(self) -> AsyncIterator[Worker]:
@@ -65,10 +66,12 @@ class WorkerPool:
                 why=f"No worker became free in {QUEUE_SECONDS:.0f} seconds.",
                 next_step="Nothing was charged. Try again later.",
             ) from None
+        self.busy += 1
         try:
             async with Worker.start(self._limits) as worker:
                 yield worker
         finally:
+            self.busy -= 1
             self._slots.release()
 
 
@@ -90,6 +93,10 @@ class Answers:
         self._models = models
         self._pool = pool
         self._platform = platform
+
+    @property
+    def workers_busy(self) -> int:
+        return self._pool.busy
 
     def _resolve_question(
         self, session: Session, caller: Caller, question: Question, epsilon: float

@@ -42,6 +42,7 @@ from cloister_guard.evidence import EvidenceDesk
 from cloister_guard.identity import Caller, Identity
 from cloister_guard.jobs import Jobs, close_dead_jobs
 from cloister_guard.kernels import Kernels
+from cloister_guard.metrics import Metrics
 from cloister_guard.models import ModelStore
 from cloister_guard.refusals import Refusals
 from cloister_guard.release import ReleaseDesk
@@ -105,6 +106,7 @@ class Guard:
             config.platform,
         )
         self.kernels = Kernels(config.service_socket, config.kernels_per_user)
+        self.metrics = Metrics(VERSION, config.platform)
         self.login_slots = asyncio.Semaphore(LOGINS_AT_ONCE)
         # Threads of their own: owners who wait for each other keep nobody else waiting.
         self.upload_slots = anyio.CapacityLimiter(UPLOADS_AT_ONCE)
