@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cloister.profile import Remembered
+from cloister_budget.entries import GuardStarted, LeafBody
 from cloister_budget.journal import Journal
 from cloister_budget.merkle import Growing, leaf_hash
 from cloister_data.checkpoint import Checkpoint
@@ -316,3 +318,21 @@ def test_the_control_a_guard_that_signed_what_is_stored_would_sign_for_a_forged_
     assert scene.goes_on()
     scene.guard.stop()
     assert scene.starts()
+
+
+@pytest.mark.xfail(strict=True, reason="a guard reads the starts in its log without their evidence")
+def test_a_start_without_evidence_of_a_proven_machine_signs_for_nothing(scene: Scene) -> None:
+    """Somebody writes a start with a log key of their own, after it what they like, and signs for all of it."""
+    scene.guard.stop()
+    rows, key = scene.hands.leaves(), Ed25519PrivateKey.generate()
+    start = GuardStarted(
+        evidence="0" * 64, platform="simulated", log_key=key.public_key().public_bytes_raw().hex(),
+        previous_key=scene.guard.journal.log.public_key.hex(), certificate="0" * 64,
+    )  # fmt: skip
+    payload = LeafBody(index=len(rows), at=rows[-1].at, facts=start).canonical()
+    believed = Row(len(rows), "guard-started", rows[-1].at, payload, b"")
+    forged = with_tree([*rows, believed, rows[-1].at_index(len(rows) + 1)])
+    scene.hands.set_leaves(forged)
+    signed = Checkpoint(ORIGIN, len(forged), root_of(forged)).body().encode()
+    scene.hands.set_head(size=len(forged), signature=key.sign(signed))
+    assert not scene.starts()
