@@ -162,8 +162,12 @@ def _parse(url: str) -> URL:
 
 def _engine(url: URL) -> Engine:
     if url.get_backend_name() == "sqlite":
-        _create_private(Path(str(url.database)))
+        path = Path(str(url.database))
+        opened = _create_private(path)
         engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False}, pool_size=8)
+        # Before connecting too, which would make a file where there is none.
+        for moment in ("do_connect", "begin"):
+            event.listen(engine, moment, lambda *_: _sqlite_same_file(path, opened))
         event.listen(engine, "connect", _sqlite_connected)
         event.listen(engine, "begin", _sqlite_begin)
         event.listen(engine, "checkin", _sqlite_returned)
@@ -173,10 +177,14 @@ def _engine(url: URL) -> Engine:
     return engine
 
 
-def _create_private(path: Path) -> None:
+def _create_private(path: Path) -> os.stat_result:
     """Only the guard's own account may read the file; SQLite gives its journal the same mode."""
     try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            return os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise StorageError(
             "The database's file can't be opened.", why=error.strerror or "", next_step="Look at its folder and rights."
@@ -190,6 +198,20 @@ def _sqlite_connected(connection: Any, record: Any) -> None:
     for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "trusted_schema = OFF"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+
+
+def _sqlite_same_file(path: Path, opened: os.stat_result) -> None:
+    """Open connections would go on writing into a file that has no name any more, and what they wrote were lost."""
+    try:
+        same = os.path.samestat(os.stat(path), opened)
+    except OSError:
+        same = False
+    if not same:
+        raise StorageError(
+            "The database's file was replaced under the running cloister.",
+            why="Another file lies in its place, or none.",
+            next_step="Nothing was done. Stop the cloister, see which file is the right one, and start it again.",
+        )
 
 
 def _sqlite_returned(connection: Any, record: Any) -> None:

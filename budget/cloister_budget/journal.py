@@ -19,7 +19,7 @@ from cloister_budget.book_types import TermsBook
 from cloister_budget.books import Books, BooksError
 from cloister_budget.database import after_commit
 from cloister_budget.entries import Entry, LeafBody
-from cloister_budget.log import Added, AuditLog, reader, size
+from cloister_budget.log import Added, AuditLog, Edge, reader, size
 from cloister_budget.names import Names
 from cloister_budget.replay import Replay
 from cloister_budget.tables import Leaf, LogHead
@@ -78,6 +78,30 @@ class Journal:
         with self._lock:
             return self._read.books.gaps.get(owner)
 
+    def checkpoint(self, s: Session) -> str:
+        """A signed note over every leaf that the transaction sees, and those that this guard has added since.
+
+        Each of them was read and holds: an edited database gets no signature of this guard's. Raises as `open` does.
+        """
+        # Before the lock: whoever holds it waits for no connection.
+        end = size(s)
+        with self._lock:
+            self._catch_up(s, end)
+            return self.log.sign(self._read.tree.size, self._read.tree.root())
+
+    def end(self) -> Checkpoint:
+        """What is said of the log as far as it was read."""
+        with self._lock:
+            return Checkpoint(self.log.origin, self._read.tree.size, self._read.tree.root())
+
+    def prefix(self, s: Session, leaves: int) -> Checkpoint:
+        """What is said of the first `leaves` entries of a log that was read and holds, whatever the database says.
+
+        For a transaction that may write: the log is its alone from here on. Raises StorageError.
+        """
+        self._draft(s)
+        return self.log.prefix(s, leaves)
+
     def append(self, s: Session, entry: Entry) -> Added:
         """Add a leaf. As `AuditLog.add`: last in the transaction, and gone with it.
 
@@ -102,13 +126,17 @@ class Journal:
 
     def _draft(self, s: Session) -> _Draft:
         draft: _Draft | None = s.info.get(_DRAFT)
-        return draft or self._begin(s, self.log.next_index(s))
+        return draft or self._begin(s, self.log.end(s))
 
-    def _begin(self, s: Session, index: int) -> _Draft:
-        """A draft over the books up to `index`. The log's lock is held: nobody appends meanwhile."""
+    def _begin(self, s: Session, edge: Edge) -> _Draft:
+        """A draft over the books up to the log's end. The log's lock is held: nobody appends meanwhile."""
+        index = edge.size
         with self._lock:
             # Another guard's leaves, or another transaction's of this one that has just committed.
             self._catch_up(s, index)
+            if self._read.tree.root() != merkle.root(index, edge.read):
+                self._read = Replay()
+                raise _edited("Its entries aren't those that this guard has seen.")
             draft = s.info[_DRAFT] = _Draft(self._read.books.draft(), [])
 
         def committed() -> None:

@@ -105,7 +105,7 @@ class AuditLog:
         """
         if s.in_nested_transaction():
             raise RuntimeError("a leaf is appended outside savepoints: what it follows must not be undone under it")
-        edge = self._end(s)
+        edge = self.end(s)
         index = edge.size
         at = coarse(self._clock())
         payload = _payload(index, kind, at, facts)
@@ -124,7 +124,7 @@ class AuditLog:
 
         The caller has verified both, and nothing was appended by this guard before.
         """
-        edge = self._end(s)
+        edge = self.end(s)
         for payload in payloads:
             leaf = json.loads(payload)
             gained = merkle.append(edge.size, merkle.leaf_hash(payload), edge.read)
@@ -135,12 +135,8 @@ class AuditLog:
         _PUT_HEAD.run(s, {"id": 1, "size": edge.size, "signature": signature})
         s.info[_HEAD] = _Head(edge, hashes)
 
-    def next_index(self, s: Session) -> int:
-        """The index of the next leaf. The log is this transaction's alone from here on."""
-        return self._end(s).size
-
-    def _end(self, s: Session) -> Edge:
-        """The log's right edge as the transaction sees it; the first time, the log's lock is taken."""
+    def end(self, s: Session) -> Edge:
+        """The log's right edge as the transaction leaves it. The log is this transaction's alone from here on."""
         known: _Head | None = s.info.get(_HEAD)
         if known is None:
             if s.connection().dialect.name == "postgresql":
@@ -175,37 +171,57 @@ class AuditLog:
         except merkle.LogVerificationError:
             same = False
         if not same:
-            raise StorageError(
-                "The audit log isn't the one that this cloister wrote.",
-                why="Entries that were committed are gone or changed, as when an old copy of the database is put back.",
-                next_step="Stop the cloister, and let the admin compare the log with its last checkpoint.",
-            )
+            raise _not_ours()
         return _edge(s, leaves)
 
     def prove(self, s: Session, index: int, leaves: int | None = None) -> Proof:
-        """That the leaf is in the log as the transaction sees it, or in its first `leaves` entries."""
-        leaves = size(s) if leaves is None else leaves
-        places = merkle.edge(leaves)
+        """That the leaf is in the log as this transaction leaves it, its own leaves among it, or in its first `leaves`.
+
+        The checkpoint is signed over the tree that this guard knows. Raises StorageError where the stored hashes
+        lead to another one.
+        """
+        stated = self.prefix(s, leaves)
+        places = [(0, index)]
 
         def note(level: int, place: int) -> bytes:
             places.append((level, place))
             return merkle.EMPTY_ROOT
 
         # Once to learn which hashes it takes, which are then read together, and once with them.
-        merkle.inclusion_proof(index, leaves, note)
-        read = Edge(leaves, _stored_hashes(s, sorted(set(places)))[1]).read
-        return Proof(tuple(merkle.inclusion_proof(index, leaves, read)), self._signed(leaves, read))
+        merkle.inclusion_proof(index, stated.size, note)
+        read = Edge(stated.size, _stored_hashes(s, sorted(set(places)))[1]).read
+        try:
+            inclusion = merkle.inclusion_proof(index, stated.size, read)
+            merkle.verify_inclusion(read(0, index), index, stated.size, inclusion, stated.root)
+        except merkle.LogVerificationError as error:
+            raise _not_ours() from error
+        return Proof(tuple(inclusion), self.sign(stated.size, stated.root))
 
-    def checkpoint(self, s: Session, leaves: int | None = None) -> str:
-        """A signed note over all leaves that the transaction sees, or over the first `leaves` of them."""
-        return self._signed(size(s) if leaves is None else leaves, reader(s))
+    def prefix(self, s: Session, leaves: int | None = None) -> Checkpoint:
+        """What is said of the log as this transaction leaves it, or of its first `leaves` entries.
 
-    def stated(self, s: Session, leaves: int) -> Checkpoint:
-        """What is signed over the first `leaves` entries."""
-        return self._checkpoint(leaves, reader(s))
+        The stored hashes of a part are shown to lead to the whole tree that this guard knows (RFC 6962 section 2.1.2).
+        Raises StorageError where they don't. The log is this transaction's alone from here on.
+        """
+        edge = self.end(s)
+        whole = self._checkpoint(edge.size, edge.read)
+        if leaves is None or leaves == edge.size:
+            return whole
+        try:
+            read = reader(s)
+            first = merkle.root(leaves, read)
+            proof = merkle.consistency_proof(leaves, whole.size, read)
+            merkle.verify_consistency(leaves, whole.size, first, whole.root, proof)
+        except merkle.LogVerificationError as error:
+            raise _not_ours() from error
+        return Checkpoint(self.origin, leaves, first)
 
-    def _signed(self, leaves: int, read: merkle.Read) -> str:
-        return sign_checkpoint(self._checkpoint(leaves, read), self._key)
+    def sign(self, leaves: int, root: bytes) -> str:
+        """A signed note over a tree of so many leaves, which the caller has hashed: never what the database says.
+
+        Whoever has this signature can make the leaves under that root pass for the guard's own.
+        """
+        return sign_checkpoint(Checkpoint(self.origin, leaves, root), self._key)
 
     def _checkpoint(self, leaves: int, read: merkle.Read) -> Checkpoint:
         return Checkpoint(self.origin, leaves, merkle.root(leaves, read))
@@ -244,6 +260,14 @@ def size(s: Session) -> int:
     """The number of leaves that the transaction sees."""
     last = _LAST.run(s)[0][0]
     return 0 if last is None else int(last) + 1
+
+
+def _not_ours() -> StorageError:
+    return StorageError(
+        "The audit log isn't the one that this cloister wrote.",
+        why="Entries that were committed are gone or changed, as when an old copy of the database is put back.",
+        next_step="Stop the cloister, and let the admin compare the log with its last checkpoint.",
+    )
 
 
 def _edge(s: Session, leaves: int) -> Edge:

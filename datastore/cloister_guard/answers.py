@@ -53,6 +53,7 @@ class WorkerPool:
     def __init__(self, limit: int, limits: WorkerLimits) -> None:
         self._slots = asyncio.Semaphore(limit)
         self._limits = limits
+        self.busy = 0
 
     @contextlib.asynccontextmanager
     async def worker(self) -> AsyncIterator[Worker]:
@@ -65,10 +66,12 @@ class WorkerPool:
                 why=f"No worker became free in {QUEUE_SECONDS:.0f} seconds.",
                 next_step="Nothing was charged. Try again later.",
             ) from None
+        self.busy += 1
         try:
             async with Worker.start(self._limits) as worker:
                 yield worker
         finally:
+            self.busy -= 1
             self._slots.release()
 
 
@@ -90,6 +93,10 @@ class Answers:
         self._models = models
         self._pool = pool
         self._platform = platform
+
+    @property
+    def workers_busy(self) -> int:
+        return self._pool.busy
 
     def _resolve_question(
         self, session: Session, caller: Caller, question: Question, epsilon: float
@@ -213,7 +220,7 @@ class Answers:
     async def history(self, caller: Caller) -> ReleaseList:
         """What this user has paid for, oldest first: the newest of it, as much as fits one answer."""
 
-        def work(session: Session) -> ReleaseList:
+        def work(session: Session) -> list[ReleaseRow]:
             rows = session.scalars(
                 select(ReleaseRow)
                 .where(ReleaseRow.user == caller.user)
@@ -221,19 +228,17 @@ class Answers:
                 .limit(LISTED_RELEASES)
                 .execution_options(yield_per=100)
             )
-            kept, size, withheld = [], 0, 0
+            kept, size = [], 0
             for row in rows:
                 size += len(row.body)
                 if size > LISTED_BYTES:
                     break
-                release = self._releases.ready(session, row)
-                if release is None:
-                    withheld += 1
-                else:
-                    kept.append(release)
-            return ReleaseList(releases=tuple(reversed(kept)), withheld=withheld)
+                kept.append(row)
+            return kept
 
-        return await self._charging.read(work)
+        found = [await self._releases.ready(row) for row in reversed(await self._charging.read(work))]
+        ready = tuple(release for release in found if release is not None)
+        return ReleaseList(releases=ready, withheld=len(found) - len(ready))
 
     async def release(self, caller: Caller, release_id: str) -> Release:
         row = await self._charging.read(lambda session: session.get(ReleaseRow, release_id))

@@ -40,11 +40,11 @@ class AuditReader:
 
     def __init__(self, database: Database, journal: Journal) -> None:
         self._database = database
-        self._log = journal.log
+        self._journal = journal
 
     def state(self) -> LogState:
         with self._database.read() as session:
-            return LogState(checkpoint=self._log.checkpoint(session), log_key=self._log.public_key)
+            return LogState(checkpoint=self._journal.checkpoint(session), log_key=self._journal.log.public_key)
 
     def evidence(self, digest: str) -> EvidenceRecord:
         """The evidence of one start. Raises NotFoundError."""

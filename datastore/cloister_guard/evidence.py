@@ -76,7 +76,7 @@ class EvidenceDesk:
 
     def _collect(self, nonce: bytes) -> Evidence:
         with self._database.read() as session:
-            checkpoint = self._log.checkpoint(session)
+            checkpoint = self._journal.checkpoint(session)
         bound = report_data(self.identity.spki, nonce, b"", checkpoint.encode(), self._log.public_key)
         report, certificates = self._attester.collect(bound)
         return Evidence(

@@ -49,12 +49,13 @@ from cloister_guard.identity import Caller, Identity
 from cloister_guard.jobs import Jobs, close_dead_jobs
 from cloister_guard.kernels import Kernels
 from cloister_guard.leases import Leases
+from cloister_guard.metrics import Metrics
 from cloister_guard.models import ModelStore
 from cloister_guard.owners import Owners
 from cloister_guard.refusals import Refusals
 from cloister_guard.release import ReleaseDesk
 from cloister_guard.requests import Requests
-from cloister_guard.restore import database_end, read_copy
+from cloister_guard.restore import read_copy
 from cloister_guard.uploads import UPLOADS_AT_ONCE, UploadReader
 from cloister_guard.witness import WitnessDesk
 from cloister_guard.worker.process import WorkerLimits
@@ -134,6 +135,7 @@ class Guard:
             config.platform,
         )
         self.kernels = Kernels(config.service_socket, config.kernels_per_user)
+        self.metrics = Metrics(VERSION, config.platform)
         self.login_slots = asyncio.Semaphore(LOGINS_AT_ONCE)
         # Threads of their own: owners who wait for each other keep nobody else waiting.
         self.upload_slots = anyio.CapacityLimiter(UPLOADS_AT_ONCE)
@@ -152,7 +154,7 @@ class Guard:
             steady_time.not_before(last_written(session))
             self.journal.open(session, lambda done, total: logger.info("reading the audit log", done=done, of=total))
             if restore is not None:
-                copy = read_copy(restore, self.journal.log.origin, *database_end(session, self.journal))
+                copy = read_copy(restore, self.journal.end())
         self.evidence.record_start(copy)
         if self.config.bootstrap is not None:
             self.identity.bootstrap(self.config.bootstrap.admin, self.config.bootstrap.password_hash)

@@ -82,6 +82,15 @@ class Jobs:
         self._running: dict[str, _Running] = {}
         self._pricing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
+    @property
+    def workers_busy(self) -> int:
+        return self._pool.busy
+
+    @property
+    def running(self) -> int:
+        """How many trainings are under way."""
+        return len(self._running)
+
     async def _load(self, caller: Caller, plan: TrainingPlan) -> tuple[tuple[Source, ...], int]:
         """(the sources, how many units they have together). A stated epsilon is put to the policies at once."""
         sources = await self._charging.read(lambda session: load_sources(session, caller, plan.sources))

@@ -41,6 +41,8 @@ class Kernels:
         self._socket = service_socket
         self._per_user = per_user
         self._starting: dict[str, int] = {}
+        self.registered = 0
+        """So many kernels have a socket to this guard."""
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         try:

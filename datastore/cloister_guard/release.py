@@ -169,18 +169,16 @@ class ReleaseDesk:
         """A recorded release, to be handed out by `hand_out` or `ready`. Raises UnavailableError while it is locked."""
         return Release.from_json(self._keys.unwrap(row.body, _context(row.id), row.owners))
 
-    def ready(self, session: Session, row: ReleaseRow) -> Release | None:
+    async def ready(self, row: ReleaseRow) -> Release | None:
         """A recorded release as it may leave now; None where it waits for a witness, or an owner has locked it."""
         try:
             release = self.stored(row)
+            owners = [each.owner for each in release.receipt.witnesses]
+            if self._waits(release) and not self._leases.has_cosigned(owners, release.receipt.leaf + 1):
+                return None
+            return await self.hand_out(release)
         except UnavailableError:
             return None
-        if not self._waits(release):
-            return release
-        owners = [each.owner for each in release.receipt.witnesses]
-        if not self._leases.has_cosigned(owners, release.receipt.leaf + 1):
-            return None
-        return self._witnessed(session, release)
 
     def _waits(self, release: Release) -> bool:
         return len(release.receipt.witnessed) < len(release.receipt.witnesses)
@@ -196,7 +194,7 @@ class ReleaseDesk:
                 Witnessed(
                     owner=each.owner,
                     size=lease.cosigned,
-                    root=self._journal.log.stated(session, lease.cosigned).root,
+                    root=self._journal.prefix(session, lease.cosigned).root,
                     cosignature=lease.line,
                     inclusion=self._journal.log.prove(session, release.receipt.leaf, lease.cosigned).inclusion,
                 )

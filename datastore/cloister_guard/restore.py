@@ -18,10 +18,9 @@ from cloister_attest.evidence import EvidenceRecord
 from cloister_budget.books import BooksError
 from cloister_budget.entries import MAX_PAYLOAD_BYTES, ChargeSettled, Restored
 from cloister_budget.journal import Journal
-from cloister_budget.log import size
 from cloister_budget.replay import Replay
 from cloister_budget.tables import Account, ChargeRow, EvidenceRow, Token
-from cloister_data.checkpoint import MAX_NOTE, CheckpointError, log_signature, verify_checkpoint
+from cloister_data.checkpoint import MAX_NOTE, Checkpoint, CheckpointError, log_signature, verify_checkpoint
 from cloister_data.errors import ConfigurationError
 
 NOT_IN_A_LOG = ("owner-terms", "population", "upload", "policy", "limits")
@@ -40,11 +39,12 @@ class Copy:
     evidence: tuple[EvidenceRecord, ...]
 
 
-def read_copy(directory: Path, origin: str, first: int, root: bytes) -> Copy:
-    """The copy in `directory`, a bundle or an export, once it extends the log that is here.
+def read_copy(directory: Path, here: Checkpoint) -> Copy:
+    """The copy in `directory`, a bundle or an export, once it extends the log that the database holds.
 
-    Here are `first` entries and the tree head `root`. Raises ConfigurationError, which says what is wrong.
+    Raises ConfigurationError, which says what is wrong.
     """
+    first = here.size
     log = Replay({first})
     missing: list[bytes] = []
     for payload in _lines(directory / "entries.jsonl", MAX_PAYLOAD_BYTES):
@@ -62,11 +62,11 @@ def read_copy(directory: Path, origin: str, first: int, root: bytes) -> Copy:
                     f"Entry {index}, which the backup lacks, is of the kind {kind!r}: the log holds its digest alone.",
                     "Restore a backup from after that entry.",
                 )
-    if log.roots.get(first) != root:
+    if log.roots.get(first) != here.root:
         raise _wrong(directory, f"It doesn't begin with the {first} entries that the database holds.")
     if not missing:
         raise _wrong(directory, "It holds nothing that the database lacks.", "Start without --restore.")
-    return Copy(first, tuple(missing), _signature(directory, origin, log), tuple(_evidence(directory, log, first)))
+    return Copy(first, tuple(missing), _signature(directory, here.origin, log), tuple(_evidence(directory, log, first)))
 
 
 def _signature(directory: Path, origin: str, log: Replay) -> bytes:
@@ -129,12 +129,6 @@ def settle(session: Session, journal: Journal, copy: Copy) -> None:
             account.reserved, account.direct_reserved = (0,) * len(held.loss), 0
     # Whoever signed out since the backup stays signed out.
     session.execute(delete(Token))
-
-
-def database_end(session: Session, journal: Journal) -> tuple[int, bytes]:
-    """(how many entries the database holds, the tree head over them)."""
-    entries = size(session)
-    return entries, journal.log.stated(session, entries).root
 
 
 def _lines(path: Path, longest: int) -> list[bytes]:

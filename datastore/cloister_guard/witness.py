@@ -90,7 +90,7 @@ class WitnessDesk:
         except (ValidationError, AuthenticationError):
             self._counts.witness_call_refused()
             raise
-        with self._database.read() as session:
+        with self._database.write() as session:
             self._check_log(session, call, key)
         terms = self._owners.terms(owner)
         if call.unlock is not None and (terms is None or unlock_digest(call.unlock) != terms.unlock):
@@ -112,7 +112,7 @@ class WitnessDesk:
         if call.size == 0 and not call.cosignature:
             return
         try:
-            stated = self._journal.log.stated(session, call.size)
+            stated = self._journal.prefix(session, call.size)
             verify_cosignature(stated, call.cosignature, witness_name(call.owner), key)
         except CheckpointError as error:
             raise _other_log(f"Its signature isn't under the first {call.size} entries that are here.") from error
@@ -122,7 +122,8 @@ class WitnessDesk:
             return size(session) > call.size
 
     def _tell(self, call: WitnessCall) -> WitnessAnswer:
-        with self._database.read() as session:
+        # One that may write: only then is the log sure to be the one that this guard knows.
+        with self._database.write() as session:
             wanted = select(Leaf).where(Leaf.index >= call.size).order_by(Leaf.index).limit(MAX_ENTRIES)
             entries: list[bytes] = []
             evidence: list[bytes] = []
@@ -134,7 +135,8 @@ class WitnessDesk:
                     break
                 entries.append(leaf.payload)
                 evidence += [] if record is None else [record]
-            checkpoint = self._journal.log.checkpoint(session, call.size + len(entries))
+            stated = self._journal.prefix(session, call.size + len(entries))
+        checkpoint = self._journal.log.sign(stated.size, stated.root)
         lease = self._leases.of(call.owner)
         open_for = 0.0 if lease is None or lease.key is None else max(0.0, lease.until - time.monotonic())
         return WitnessAnswer(entries=tuple(entries), evidence=tuple(evidence), checkpoint=checkpoint, lease=open_for)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from sqlalchemy.orm import Session
 
 from cloister_budget import merkle
 from cloister_budget.database import Database, open_database
 from cloister_budget.log import AuditLog, reader, size
 from cloister_budget.tables import Leaf
-from cloister_data.checkpoint import verify_checkpoint
+from cloister_data.checkpoint import Checkpoint, verify_checkpoint
 from cloister_data.errors import StorageError
 from cloister_data.policy import Limit
 from tests.fakes.ledgers import HandClock
@@ -26,13 +27,18 @@ def new_log() -> AuditLog:
     return AuditLog(KEY, "hospital.example/log", HandClock(1_800_000_059))
 
 
+def signed(log: AuditLog, s: Session) -> Checkpoint:
+    """The checkpoint over what is stored."""
+    return verify_checkpoint(log.sign(size(s), merkle.root(size(s), reader(s))), log.public_key)
+
+
 def test_checkpoints_cover_every_leaf_and_extend_each_other(database: Database) -> None:
     log, earlier = new_log(), []
     for count in range(20):
         with database.write() as s:
             assert log.append(s, "charge", {"charge": f"{count:032x}", "steps": count}) == count
         with database.read() as s:
-            found = verify_checkpoint(log.checkpoint(s), log.public_key)
+            found = signed(log, s)
             assert (found.origin, found.size) == ("hospital.example/log", count + 1)
             for old in earlier:
                 proof = merkle.consistency_proof(old.size, found.size, reader(s))
@@ -47,7 +53,7 @@ def test_checkpoints_cover_every_leaf_and_extend_each_other(database: Database) 
 def test_an_empty_log_has_a_checkpoint(database: Database) -> None:
     log = new_log()
     with database.read() as s:
-        found = verify_checkpoint(log.checkpoint(s), log.public_key)
+        found = signed(log, s)
     assert (found.size, found.root) == (0, merkle.EMPTY_ROOT)
 
 
@@ -133,7 +139,7 @@ def test_a_lacking_hash_is_an_error_not_another_root(database: Database) -> None
     with database.write() as s:
         s.delete(s.get(Leaf, 1))
     with database.read() as s, pytest.raises(merkle.LogVerificationError):
-        log.checkpoint(s)
+        merkle.root(size(s), reader(s))
 
 
 def test_an_origin_is_one_word() -> None:

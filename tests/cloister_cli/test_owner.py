@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import cloister.session
 from cloister_budget.merkle import Growing, leaf_hash
 from cloister_cli.connect import connect_profile
 from cloister_data.accounts import AccountList
+from cloister_data.checkpoint import Checkpoint
 from cloister_data.datasets import SplitRef
 from cloister_data.errors import ConfigurationError, UnavailableError
 from cloister_data.release import Release, ReleaseList
@@ -144,20 +146,20 @@ def test_a_restore_never_lowers_what_was_spent(house: House, run: Run, tmp_path:
     tree = Growing()
     for payload in leaves:
         tree.add(leaf_hash(payload))
-    known = ("cloister/test-cloister", tree.size, tree.root())
+    known = Checkpoint("cloister/test-cloister", tree.size, tree.root())
     for name, change in WRONG.items():
         wrong = tmp_path / "wrong"
         shutil.copytree(copied, wrong)
         change(wrong)
         with pytest.raises(ConfigurationError):
-            read_copy(wrong, *known)
+            read_copy(wrong, known)
         shutil.rmtree(wrong)
         assert name
-    for other in (("cloister/other", *known[1:]), (known[0], known[1], bytes(32)), (known[0], known[1] - 1, known[2])):
+    for other in ({"origin": "cloister/other"}, {"root": bytes(32)}, {"size": known.size - 1}):
         with pytest.raises(ConfigurationError):
-            read_copy(copied, *other)
+            read_copy(copied, replace(known, **other))  # type: ignore[arg-type]
     # The control.
-    copy = read_copy(copied, *known)
+    copy = read_copy(copied, known)
     assert len(copy.entries) > 5
     assert len(copy.evidence) == 1
 

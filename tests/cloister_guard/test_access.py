@@ -271,6 +271,7 @@ def test_a_kernel_socket_offers_scientists_routes_alone_whoever_its_user_is(read
         for verb, path in (
             ("GET", "/users"), ("POST", "/users"), ("POST", "/kernels"), ("GET", "/kernels"), ("POST", "/datasets"),
             ("PUT", f"/datasets/{DATASET}/policy"), ("POST", "/login"), ("POST", "/.well-known/attest"),
+            ("GET", "/metrics"),
         ):  # fmt: skip
             with pytest.raises((NotFoundError, InvalidRequestError), match="route"):
                 transport.raw(verb, path, b"{}")

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from cloister_guard.http.servers import KERNEL_CONNECTIONS, KernelSockets
+from cloister_guard.metrics import Metrics
 
 REQUEST = b"GET /api/v1/nothing HTTP/1.1\r\nhost: cloister\r\nconnection: close\r\n\r\n"
 
@@ -25,7 +26,11 @@ async def answers(path: Path) -> bool:
 
 def test_a_kernel_that_only_connects_takes_a_bounded_part_of_the_guards_descriptors() -> None:
     async def scenario(folder: Path) -> None:
-        guard: Any = SimpleNamespace(config=SimpleNamespace(kernel_socket=lambda kernel: folder / kernel / "s"))
+        guard: Any = SimpleNamespace(
+            config=SimpleNamespace(kernel_socket=lambda kernel: folder / kernel / "s"),
+            kernels=SimpleNamespace(registered=0),
+            metrics=Metrics("0", "simulated"),
+        )
         caller: Any = SimpleNamespace(user="ann")
         sockets = KernelSockets(guard)
         greedy, other = await sockets.open("a", os.geteuid(), caller), await sockets.open("b", os.geteuid(), caller)

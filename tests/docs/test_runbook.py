@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
 from cloister_cli.main import app
@@ -84,6 +87,32 @@ def test_the_sample_is_checked_as_the_runbook_says(files: Path) -> None:
 def test_a_password_is_hashed(files: Path) -> None:
     (words,) = typed("user hash-password")
     assert run(words, "correct horse battery", None, files).startswith("$argon2id$")
+
+
+def test_the_metrics_are_fetched_over_a_verified_session(
+    shared_cloister: RunningCloister, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLOISTER_HOME", str(tmp_path / "home"))
+    words = [
+        "connect",
+        shared_cloister.url,
+        "--trust",
+        str(shared_cloister.trust),
+        "--name",
+        "watch",
+        "--user",
+        "admin",
+    ]
+    run(words, shared_cloister.passwords["admin"], None, tmp_path)
+    (script,) = [block.text for block in blocks(RUNBOOK) if block.info == "sh"]
+    script = script.replace("/var/lib/node_exporter", str(tmp_path)).replace("python3 ", f"{sys.executable} ")
+    subprocess.run(["sh", "-euc", script], check=True, timeout=60)
+    shown = {
+        sample.name
+        for family in text_string_to_metric_families((tmp_path / "cloister.prom").read_text("utf-8"))
+        for sample in family.samples
+    }
+    assert shown <= {row[0] for row in table(RUNBOOK, "metric")}
 
 
 def test_what_the_runbook_quotes_is_what_the_program_says() -> None:

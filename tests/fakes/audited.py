@@ -26,14 +26,20 @@ SOME = "0" * 64
 """A digest that nobody looks at."""
 
 
-def publish(s: Session, journal: Journal, population: str, policy: Policy) -> None:
-    """A start, and a dataset whose limits are in force in the ledger already."""
-    row = s.get_one(Population, population)
-    dataset, people = journal.ref(s, "dataset", policy.dataset), journal.ref(s, "population", population)
+def begin(s: Session, journal: Journal) -> None:
+    """The leaf of a guard's start."""
     start = GuardStarted(
         evidence=SOME, platform="simulated", log_key=journal.log.public_key.hex(),
         previous_key=journal.last_key(s), certificate=SOME,
     )  # fmt: skip
+    journal.append(s, start)
+
+
+def publish(s: Session, journal: Journal, population: str, policy: Policy) -> None:
+    """A start, and a dataset whose limits are in force in the ledger already."""
+    row = s.get_one(Population, population)
+    dataset, people = journal.ref(s, "dataset", policy.dataset), journal.ref(s, "population", population)
+    begin(s, journal)
     opened = PopulationOpened(
         population=people, owner=journal.ref(s, "user", "owner"), owner_key=SOME, orders=row.orders, shares=row.deltas,
         parts=1, statement=None,
@@ -50,7 +56,7 @@ def publish(s: Session, journal: Journal, population: str, policy: Policy) -> No
     ]  # fmt: skip
     pieces = list(in_leaves(limits))
     put = PolicySet(dataset=dataset, version=1, policy=policy.digest(), owner_key=SOME, limits=len(pieces))
-    for entry in (start, opened, uploaded, put):
+    for entry in (opened, uploaded, put):
         journal.append(s, entry)
     for piece in pieces:
         journal.append(s, LimitsSet(dataset=dataset, version=1, limits=piece))

@@ -96,7 +96,7 @@ def make_router(guard: Guard) -> APIRouter:
             await guard.kernels.splice(caller, kernel, websocket)
         except CloisterError as error:
             if websocket.application_state is WebSocketState.CONNECTING:
-                await websocket.send_denial_response(problem_response(error))
+                await websocket.send_denial_response(problem_response(error, websocket.scope))
 
     @router.post("/api/v1/datasets", status_code=201, openapi_extra=takes(media_type="application/vnd.cloister.upload"))
     async def upload(caller: Annotated[Caller, Depends(who)], request: Request) -> Response:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -16,6 +16,8 @@ from cloister_data.errors import CloisterError, InvalidRequestError, NotFoundErr
 from cloister_guard.release import problem
 
 PROBLEM = "application/problem+json"
+PROBLEM_CODE = "cloister.problem"
+"""Under this name a request's scope holds the code of the problem that it was answered with."""
 MAX_JSON_BODY = 4 << 20
 STALLED_SECONDS = 60.0
 _ROUTES = "docs/protocol.md lists the routes."
@@ -68,9 +70,10 @@ def answer(message: Wire, status: int = 200) -> Response:
     return Response(message.to_json(), status, media_type="application/json", headers={"Cache-Control": "no-store"})
 
 
-def problem_response(error: Exception, status: int | None = None) -> Response:
-    """The error as a problem; `status` stands for its own where the HTTP layer knows better."""
+def problem_response(error: Exception, scope: MutableMapping[str, Any], status: int | None = None) -> Response:
+    """The error as a problem, noted in the request's scope; `status` stands for its own where HTTP knows better."""
     told = problem(error)
+    scope[PROBLEM_CODE] = told.code
     if status is not None:
         told = told.model_copy(update={"status": status})
     return Response(told.to_json(), told.status, media_type=PROBLEM, headers={"Cache-Control": "no-store"})
@@ -79,16 +82,17 @@ def problem_response(error: Exception, status: int | None = None) -> Response:
 def install_handlers(app: FastAPI) -> None:
     """Every error leaves as a problem. What is not foreseen leaves as one constant."""
 
-    async def handle(_: Request, error: Exception) -> Response:
+    async def handle(request: Request, error: Exception) -> Response:
+        scope = request.scope
         if isinstance(error, RequestValidationError):
             # Bodies are parsed by `reads`, so only a name in the address can be meant.
-            return problem_response(NotFoundError("There is nothing at this address."))
+            return problem_response(NotFoundError("There is nothing at this address."), scope)
         if isinstance(error, HTTPException) and error.status_code == 404:
-            return problem_response(NotFoundError("There is no such route.", next_step=_ROUTES))
+            return problem_response(NotFoundError("There is no such route.", next_step=_ROUTES), scope)
         if isinstance(error, HTTPException):
             refused = InvalidRequestError("This route isn't called like that.", next_step=_ROUTES)
-            return problem_response(refused, error.status_code)
-        return problem_response(error)
+            return problem_response(refused, scope, error.status_code)
+        return problem_response(error, scope)
 
     for kind in (CloisterError, HTTPException, RequestValidationError, ValidationError, Exception):
         app.add_exception_handler(kind, handle)

@@ -21,7 +21,7 @@ from cloister_attest.channel import ServerIdentity
 from cloister_data.errors import ConfigurationError
 from cloister_data.framing import MAX_CHANNEL_FRAME
 from cloister_guard.guard import VERSION, Guard
-from cloister_guard.http import audit, laptop, scientist
+from cloister_guard.http import audit, laptop, metrics, scientist
 from cloister_guard.http.messages import install_handlers
 from cloister_guard.identity import Caller
 
@@ -55,6 +55,7 @@ def laptop_app(guard: Guard) -> FastAPI:
     app.include_router(laptop.make_router(guard))
     app.include_router(scientist.make_router(guard, laptop.bearer(guard)))
     app.include_router(audit.make_router(guard, laptop.bearer(guard)))
+    app.include_router(metrics.make_router(guard, laptop.bearer(guard)))
     return app
 
 
@@ -120,9 +121,8 @@ def listen_tcp(host: str, port: int) -> socket.socket:
 
 
 def laptop_server(guard: Guard, identity: ServerIdentity) -> uvicorn.Server:
-    return _Server(
-        _config(laptop_app(guard), LAPTOP_CONNECTIONS, ssl_context_factory=lambda *_: identity.context_for_server)
-    )
+    app = metrics.Counted(laptop_app(guard), guard.metrics)
+    return _Server(_config(app, LAPTOP_CONNECTIONS, ssl_context_factory=lambda *_: identity.context_for_server))
 
 
 class KernelSockets:
@@ -130,7 +130,7 @@ class KernelSockets:
 
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
-        self._app = kernel_app(guard)
+        self._app = metrics.Counted(kernel_app(guard), guard.metrics)
         self._open: dict[str, tuple[uvicorn.Server, asyncio.Task[None], Path]] = {}
 
     async def open(self, kernel: str, uid: int, caller: Caller) -> Path:
@@ -159,10 +159,12 @@ class KernelSockets:
         server = _Server(_config(app, KERNEL_CONNECTIONS))
         task = asyncio.create_task(server.serve(sockets=[listener]), name=f"kernel socket {kernel}")
         self._open[kernel] = (server, task, path)
+        self._guard.kernels.registered = len(self._open)
         return path
 
     async def close(self, kernel: str) -> None:
         found = self._open.pop(kernel, None)
+        self._guard.kernels.registered = len(self._open)
         if found is None:
             return
         server, task, path = found
