@@ -21,7 +21,7 @@ from cloister_budget.database import after_commit
 from cloister_budget.entries import Entry, LeafBody
 from cloister_budget.log import Added, AuditLog, Edge, reader, size
 from cloister_budget.names import Names
-from cloister_budget.replay import Replay
+from cloister_budget.replay import Replay, Start
 from cloister_budget.tables import Leaf, LogHead
 from cloister_data.audit import NameKind
 from cloister_data.checkpoint import Checkpoint
@@ -35,11 +35,17 @@ READ_AT_ONCE = 1000
 TOLD_EVERY = 50_000
 
 
+Vouch = Callable[[Session, Start], None]
+"""Returns where the start was by a guard whose word counts. Raises StorageError."""
+
+
 class Journal:
     """Appends entries to the audit log, in the caller's transaction. Usable from several threads."""
 
-    def __init__(self, log: AuditLog) -> None:
+    def __init__(self, log: AuditLog, vouch: Vouch) -> None:
+        """`vouch` is asked about each start that is read, before anything that its key signed for is believed."""
         self.log = log
+        self._vouch = vouch
         self._names = Names()
         # The books, and a tree over the same leaves, hashed here: the stored hashes are the database's word.
         self._read = Replay()
@@ -170,7 +176,10 @@ class Journal:
             wanted = select(Leaf.payload).where(Leaf.index >= start, Leaf.index < end).order_by(Leaf.index)
             try:
                 for payload in s.scalars(wanted.limit(READ_AT_ONCE)).all():
+                    known = len(self._read.starts)
                     self._read.add(payload)
+                    for begun in self._read.starts[known:]:
+                        self._vouch(s, begun)
             except BooksError as error:
                 raise _edited(f"{error.what} {error.why}") from error
             if self._read.books.size == start:

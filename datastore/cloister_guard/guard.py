@@ -56,6 +56,7 @@ from cloister_guard.refusals import Refusals
 from cloister_guard.release import ReleaseDesk
 from cloister_guard.requests import Requests
 from cloister_guard.restore import read_copy
+from cloister_guard.starts import Vouching
 from cloister_guard.uploads import UPLOADS_AT_ONCE, UploadReader
 from cloister_guard.witness import WitnessDesk
 from cloister_guard.worker.process import WorkerLimits
@@ -85,14 +86,13 @@ class Guard:
         self.config = config
         self.database = open_database(config.database_url)
         log = AuditLog(Ed25519PrivateKey.generate(), origin=f"cloister/{config.name}", clock=steady_time)
-        self.journal = Journal(log)
+        attester = attester_for(config.platform, config.state_dir)
+        self.journal = Journal(log, Vouching(attester.writers()))
         self.ledger = Ledger(steady_time)
         self.events = EventHub()
         self.counts = Counts()
         self.identity = Identity(self.database, self.journal, self.counts)
-        self.evidence = EvidenceDesk(
-            attester_for(config.platform, config.state_dir), self.database, self.journal, self.counts, config.name
-        )
+        self.evidence = EvidenceDesk(attester, self.database, self.journal, self.counts, config.name)
         self.audit = AuditReader(self.database, self.journal)
         self.leases = Leases(config.lease_seconds)
         self.owners = Owners(self.database, self.journal, self.leases)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cloister_attest.measure import measure_trusted_packages
+from cloister_attest.policy import AttestationPolicy
 from cloister_attest.simulated import SimulatedHardware
 from cloister_data.errors import ConfigurationError
 from cloister_data.policy import Platform
@@ -26,6 +27,10 @@ class Attester(Protocol):
 
     def collect(self, report_data: bytes) -> tuple[bytes, tuple[bytes, ...]]:
         """(report, certificates in DER with the leaf first) over 64 bytes of report data."""
+        ...
+
+    def writers(self) -> AttestationPolicy:
+        """What the machines that wrote this one's audit log must have proven: this one at earlier starts."""
         ...
 
 

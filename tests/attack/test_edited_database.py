@@ -63,6 +63,32 @@ class House:
         (spent,) = self.sql("SELECT spent FROM accounts WHERE id = ?", ACCOUNT)[0]
         self.sql("UPDATE accounts SET spent = ?", json.dumps([0] * len(json.loads(spent))))
 
+    def append(self, facts: dict[str, Any]) -> int:
+        """Add an entry with the hashes of a true tree; its index. Nobody has signed for it yet."""
+        known = dict(self.sql('SELECT "index", hashes FROM leaves'))
+        index = len(known)
+        (at,) = self.sql("SELECT MAX(at) FROM leaves")[0]
+        payload = json.dumps({"at": at, "facts": facts, "index": index, "v": 1}, sort_keys=True, separators=(",", ":"))
+
+        def read(level: int, place: int) -> bytes:
+            return bytes(known[((place + 1) << level) - 1][32 * level : 32 * (level + 1)])
+
+        gained = merkle.append(index, merkle.leaf_hash(payload.encode()), read)
+        hashes = b"".join(found for _, _, found in gained)
+        self.sql(
+            'INSERT INTO leaves ("index", kind, at, payload, hashes) VALUES (?, ?, ?, ?, ?)',
+            index, facts["kind"], at, payload.encode(), hashes,
+        )  # fmt: skip
+        return index
+
+    def sign(self, key: Ed25519PrivateKey) -> None:
+        """Sign for all entries that are there."""
+        tree = merkle.Growing()
+        for (payload,) in self.sql('SELECT payload FROM leaves ORDER BY "index"'):
+            tree.add(merkle.leaf_hash(payload))
+        body = Checkpoint("cloister/test-cloister", tree.size, tree.root()).body().encode()
+        self.sql("UPDATE log_heads SET size = ?, signature = ?", tree.size, key.sign(body))
+
     def raise_limits(self) -> None:
         (budgets,) = self.sql("SELECT budgets FROM accounts WHERE id = ?", ACCOUNT)[0]
         self.sql("UPDATE accounts SET epsilon = 900, budgets = ?", json.dumps([10**15] * len(json.loads(budgets))))
@@ -171,23 +197,25 @@ def test_a_stopped_guard_does_not_start_over_an_edited_log(house: House) -> None
     assert not starts()
     back()
     # An entry is added as a guard would, but nobody can sign for it.
-    leaf = {"at": 0, "facts": {"kind": "login", "user": "0" * 64}, "index": last + 1, "v": 1}
-    forged = json.dumps(leaf, sort_keys=True, separators=(",", ":")).encode()
-    hashed = merkle.leaf_hash(forged)
-    known = dict(house.sql('SELECT "index", hashes FROM leaves'))
-
-    def read(level: int, place: int) -> bytes:
-        return bytes(known[((place + 1) << level) - 1][32 * level : 32 * (level + 1)])
-
-    hashes = b"".join(found for _, _, found in merkle.append(last + 1, hashed, read))
-    house.sql(
-        'INSERT INTO leaves ("index", kind, at, payload, hashes) VALUES (?, ?, ?, ?, ?)',
-        last + 1, "login", 0, forged, hashes,
-    )  # fmt: skip
+    house.append({"kind": "login", "user": "0" * 64})
     house.sql("UPDATE log_heads SET size = ?", last + 2)
     assert not starts()
     assert "signed for" in (house.cloister.base / "serve.log").read_text()
     back()
+    # A start with a log key of somebody's own, who signs for all of it: no proven machine vouches for that key.
+    key = Ed25519PrivateKey.generate()
+    (previous,) = house.sql("SELECT payload FROM leaves WHERE kind = 'guard-started' ORDER BY \"index\" DESC")[0]
+    begun = {
+        **json.loads(previous)["facts"],
+        "log_key": key.public_key().public_bytes_raw().hex(),
+        "previous_key": json.loads(previous)["facts"]["log_key"],
+    }
+    for evidence in ("0" * 64, begun["evidence"]):
+        forged = house.append({**begun, "evidence": evidence})
+        house.sign(key)
+        assert not starts(), evidence
+        assert f"start at entry {forged}" in (house.cloister.base / "serve.log").read_text()
+        back()
     # The control: as it was, it starts, and goes on from what was spent.
     assert starts()
     house.ask(0.3)

@@ -24,6 +24,7 @@ from cloister_budget.log import AuditLog
 from cloister_budget.tables import Account, ChargeRow, Leaf, Name, ReleaseRow
 from cloister_data.errors import StorageError
 from tests.cloister_budget.test_crash import check_log
+from tests.fakes.audited import believe
 from tests.fakes.ledgers import request_id
 from tests.fakes.small_guard import ORIGIN, Hands, SmallGuard
 
@@ -105,7 +106,7 @@ class Book:
             hands.close()
 
     def _check(self, s: Session) -> None:
-        journal = Journal(AuditLog(Ed25519PrivateKey.generate(), ORIGIN))
+        journal = Journal(AuditLog(Ed25519PrivateKey.generate(), ORIGIN), believe)
         # Every entry, every balance that follows from them, and the signature over them all.
         journal.open(s)
         leaves = list(s.scalars(select(Leaf).order_by(Leaf.index)))
@@ -232,7 +233,7 @@ def test_the_check_sees_an_answer_without_its_entry_and_a_balance_that_fell(url:
     book.check()
     with guard.database.write() as s:
         charge = s.scalars(select(ChargeRow.id)).one()
-        s.add(ReleaseRow(id="f" * 32, charge=charge, user="alice", kind="statistic", body_json="{}", created=1))
+        s.add(ReleaseRow(id="f" * 32, charge=charge, user="alice", kind="statistic", owners=(), body=b"{}", created=1))
     with pytest.raises(AssertionError):
         book.check()
     with guard.database.write() as s:

@@ -29,7 +29,7 @@ from cloister_data.policy import Limit
 from tests.benchmarks.bare import BareDatabase, bare_database
 from tests.benchmarks.figures import Figure, arguments, seconds, show, spread
 from tests.benchmarks.past import fill
-from tests.fakes.audited import publish, reserved_leaf
+from tests.fakes.audited import believe, publish, reserved_leaf
 from tests.fakes.ledgers import POPULATION, laplace, policy, ready, reservation
 from tests.fakes.postgres import running_postgres
 
@@ -69,7 +69,7 @@ class Clients:
         self._policy = policy(500.0, **users)
         self._statistic = laplace("0.0001")
         self._log = AuditLog(Ed25519PrivateKey.from_private_bytes(bytes(32)), "benchmark/log", time.time)
-        self._journal: Journal | None = Journal(self._log)
+        self._journal: Journal | None = Journal(self._log, believe)
         with database.write() as s:
             publish(s, self._journal, POPULATION, self._policy)
 

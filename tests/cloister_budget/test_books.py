@@ -41,6 +41,7 @@ from cloister_budget.tables import Leaf, Name
 from cloister_data.errors import StorageError
 from cloister_data.mechanism import DiscreteLaplace, DpSgd, Mechanism
 from cloister_data.policy import Limit
+from tests.fakes.audited import believe
 from tests.fakes.ledgers import HandClock
 
 LIMIT = Limit(epsilon=1.0, delta=1e-5)
@@ -256,7 +257,9 @@ def test_a_ref_of_a_failed_transaction_is_not_remembered(database: Database) -> 
 
 def test_leaves_of_another_guard_are_read_if_a_guard_signed_for_them(database: Database) -> None:
     clock = HandClock()
-    one, two, nobody = (Journal(AuditLog(Ed25519PrivateKey.generate(), "books.example/log", clock)) for _ in range(3))
+    one, two, nobody = (
+        Journal(AuditLog(Ed25519PrivateKey.generate(), "books.example/log", clock), believe) for _ in range(3)
+    )
 
     def start(journal: Journal) -> None:
         with database.write() as s:
@@ -278,7 +281,7 @@ def test_leaves_of_another_guard_are_read_if_a_guard_signed_for_them(database: D
         written = s.get_one(Leaf, index)
         kept, written.payload = written.payload, written.payload.replace(ref("ann").encode(), ref("bob").encode())
     with pytest.raises(StorageError, match="make up its tree"), database.write() as s:
-        Journal(two.log).append(s, Login(user=ref("ann")))
+        Journal(two.log, believe).append(s, Login(user=ref("ann")))
     with database.write() as s:
         s.get_one(Leaf, index).payload = kept
     with database.write() as s:

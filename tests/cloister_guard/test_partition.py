@@ -32,6 +32,7 @@ from cloister_guard.owners import Owners
 from cloister_guard.partition import _unit_texts, anybody_moved
 from cloister_guard.uploads import UploadReader
 from cloister_guard.worker.process import WorkerLimits
+from tests.fakes.audited import believe
 from tests.fakes.postgres import running_postgres
 from tests.fakes.running import make_policy
 from tests.fakes.sites import SITES, patients, sited
@@ -47,7 +48,7 @@ class Desk:
     def __init__(self, directory: Path, url: str) -> None:
         self.database: Database = open_database(url)
         self.store = DatasetStore(directory / "data", file_keys(directory / "key"))
-        journal = Journal(AuditLog(Ed25519PrivateKey.generate(), "clinic.example/log", steady_time))
+        journal = Journal(AuditLog(Ed25519PrivateKey.generate(), "clinic.example/log", steady_time), believe)
         self.catalogue = Catalogue(
             self.database,
             Ledger(steady_time),

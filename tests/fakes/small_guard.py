@@ -20,7 +20,7 @@ from cloister_budget.ledger import Ledger
 from cloister_budget.log import AuditLog, reader
 from cloister_budget.tables import Base, Leaf, LogHead, ReleaseRow
 from cloister_data.checkpoint import Checkpoint, verify_checkpoint
-from tests.fakes.audited import begin, publish, reserved_leaf
+from tests.fakes.audited import begin, believe, publish, reserved_leaf
 from tests.fakes.ledgers import POPULATION, HandClock, laplace, policy, request_id, reservation
 
 ORIGIN = "cloister/small"
@@ -34,7 +34,7 @@ class SmallGuard:
     def __init__(self, url: str) -> None:
         self.database = open_database(url)
         self.ledger = Ledger(HandClock())
-        self.journal = Journal(AuditLog(Ed25519PrivateKey.generate(), ORIGIN, HandClock()))
+        self.journal = Journal(AuditLog(Ed25519PrivateKey.generate(), ORIGIN, HandClock()), believe)
 
     def found(self) -> None:
         """The first start on an empty database, and a dataset in it."""
