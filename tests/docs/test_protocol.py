@@ -18,6 +18,7 @@ from cloister_attest.simulated import abi
 from cloister_data import errors, framing
 from cloister_data.checkpoint import verify_checkpoint
 from cloister_data.control import ControlOrder
+from cloister_data.cosignature import cosign, verify_cosignature, witness_name
 from cloister_data.errors import CloisterError
 from cloister_data.events import Event
 from cloister_data.framing import Channel, ChannelFrame, FrameKind, pack_body, pack_frame
@@ -25,6 +26,8 @@ from cloister_data.kernels import KernelLaunch, KernelOrder
 from cloister_data.owner import public_bytes, sign_policy, sign_statement
 from cloister_data.policy import POLICY_LABEL, Policy
 from cloister_data.populations import MAX_OTHERS, POPULATION_LABEL, PopulationStatement
+from cloister_data.terms import GAP_LABEL, TERMS_LABEL
+from cloister_data.witness import WITNESS_LABEL
 from tests.fakes.documents import ROOT, table, vectors
 
 PROTOCOL = ROOT / "docs" / "protocol.md"
@@ -37,7 +40,16 @@ def hexes(name: str, *keys: str) -> tuple[bytes, ...]:
 
 
 def test_every_vector_has_a_test() -> None:
-    assert set(VECTORS) == {"frame", "body", "report-data", "checkpoint", "policy", "population", "channel-frames"}
+    assert set(VECTORS) == {
+        "frame",
+        "body",
+        "report-data",
+        "checkpoint",
+        "policy",
+        "population",
+        "cosignature",
+        "channel-frames",
+    }
 
 
 def test_frame() -> None:
@@ -71,6 +83,18 @@ def test_checkpoint() -> None:
     assert Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw() == log_key
     checkpoint = verify_checkpoint(vector["note"], log_key)
     assert (checkpoint.origin, str(checkpoint.size)) == (vector["origin"], vector["size"])
+
+
+def test_cosignature() -> None:
+    vector = VECTORS["cosignature"]
+    seed, key = hexes("cosignature", "seed", "key")
+    checkpoint = verify_checkpoint(VECTORS["checkpoint"]["note"], hexes("checkpoint", "log_key")[0])
+    signing = Ed25519PrivateKey.from_private_bytes(seed)
+    assert cosign(checkpoint, vector["name"], signing, int(vector["time"])) == vector["line"]
+    assert verify_cosignature(checkpoint, vector["line"], vector["name"], key) == int(vector["time"])
+    assert vector["name"] == witness_name("hospital-a")
+    for label in (TERMS_LABEL, GAP_LABEL, WITNESS_LABEL):
+        assert f"`{label.decode().strip()}`" in TEXT
 
 
 def test_policy() -> None:
