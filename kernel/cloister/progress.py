@@ -20,6 +20,12 @@ class Shown(Protocol):
     def update(self, view: JobView) -> None: ...
 
 
+_STOPPED = {
+    "suspended": " (its owner has suspended you or the data)",
+    "locked": " (its owner's witness is silent, so the data are locked)",
+}
+
+
 def summary(view: JobView) -> str:
     """One line about a job."""
     done = f"{view.steps_done} of {view.steps} steps"
@@ -29,7 +35,8 @@ def summary(view: JobView) -> str:
         case "done":
             return f"done: {view.steps} steps, {cost}"
         case "cancelled":
-            return f"cancelled: {paid} of {view.steps}; the others came back"
+            why = _STOPPED.get(view.code, "")
+            return f"cancelled{why}: {paid} of {view.steps}; the others came back"
         case "failed":
             return f"failed ({view.code or 'no reason is told'}): {paid} of {view.steps}; the others came back"
         case "cancelling":

@@ -179,10 +179,11 @@ class Release:
 
 
 class History(Sequence[Release]):
-    """Releases, oldest first."""
+    """Releases, oldest first. `withheld` more were paid, and wait for their data's owner."""
 
-    def __init__(self, releases: Iterable[Release]) -> None:
+    def __init__(self, releases: Iterable[Release], withheld: int = 0) -> None:
         self._releases = tuple(releases)
+        self.withheld = withheld
 
     @overload
     def __getitem__(self, index: int) -> Release: ...
@@ -198,12 +199,17 @@ class History(Sequence[Release]):
         return len(self._releases)
 
     def __repr__(self) -> str:
-        return rendering.text_table(_HEADERS, self._rows()) if self else "Nothing was released to you yet."
+        shown = rendering.text_table(_HEADERS, self._rows()) if self else "Nothing was released to you yet."
+        return f"{shown}\n{self._waiting()}" if self.withheld else shown
 
     def _repr_html_(self) -> str:
+        waiting = f"<p><small>{self._waiting()}</small></p>" if self.withheld else ""
         if not self:
-            return "<p>Nothing was released to you yet.</p>"
-        return rendering.html_box("Releases", rendering.html_table(_HEADERS, self._rows()))
+            return f"<p>Nothing was released to you yet.</p>{waiting}"
+        return rendering.html_box("Releases", rendering.html_table(_HEADERS, self._rows()) + waiting)
+
+    def _waiting(self) -> str:
+        return f"{self.withheld} more are paid, and wait for the witness of their data's owner."
 
     def _rows(self) -> list[list[str]]:
         return [
@@ -224,7 +230,7 @@ _HEADERS = ("", "when (UTC)", "what", "value (noised)", "epsilon")
 def history() -> History:
     """Everything that you have paid for, fetched again free of charge."""
     found = current().call("GET", "/releases", None, wire.ReleaseList)
-    return History(Release(message) for message in found.releases)
+    return History((Release(message) for message in found.releases), found.withheld)
 
 
 def laplace_quantile(scale: float, alpha: float) -> int:

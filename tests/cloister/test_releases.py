@@ -55,6 +55,16 @@ def test_a_number_for_each_group() -> None:
         float(release)
 
 
+def test_a_history_says_what_waits_for_an_owner() -> None:
+    from cloister.releases import History
+
+    waiting = History([Release(answers.release())], 2)
+    assert "2 more are paid" in repr(waiting)
+    assert "2 more are paid" in waiting._repr_html_()
+    assert "more are paid" in repr(History([], 1))
+    assert "more are paid" not in repr(History([Release(answers.release())]))
+
+
 def test_an_interval_is_never_narrower_than_it_is_known() -> None:
     with pytest.raises(InvalidRequestError, match="95%"):
         Release(answers.ratio()).interval(alpha=0.01)

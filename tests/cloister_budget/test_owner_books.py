@@ -1,0 +1,95 @@
+"""What owners said, in the books: terms, witnesses, restores, from the leaves alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cloister_budget.books import Books, BooksError
+from cloister_budget.entries import Entry, GapAccepted, Locked, OwnerTermsSet, Restored, Unlocked
+from tests.cloister_budget.test_books import (
+    OWNER_KEY,
+    apply,
+    limits,
+    opened,
+    policy,
+    published,
+    ref,
+    reserved,
+    uploaded,
+)
+
+WITNESS, UNLOCK = "a" * 64, "b" * 64
+
+
+def terms(**changes: Any) -> OwnerTermsSet:
+    given = OwnerTermsSet(
+        owner=ref("owner"), owner_key=OWNER_KEY, version=1, witness=WITNESS, unlock=UNLOCK, terms=ref("terms")
+    )
+    return given.model_copy(update=changes)
+
+
+def accepted(**changes: Any) -> GapAccepted:
+    given = GapAccepted(owner=ref("owner"), owner_key=OWNER_KEY, restored=4, statement=ref("statement"))
+    return given.model_copy(update=changes)
+
+
+def witnessed() -> Books:
+    return apply(Books(), terms(), opened(), uploaded(keys="owner"), policy(), limits())
+
+
+def test_a_witness_guards_what_is_uploaded_after_it() -> None:
+    books = witnessed()
+    apply(books, Unlocked(owner=ref("owner"), witness=WITNESS, size=3), reserved(1))
+    apply(books, Locked(owner=ref("owner"), reason="silent"), terms(version=2, witness="c" * 64))
+    apply(books, Unlocked(owner=ref("owner"), witness="c" * 64, size=3))
+    assert books.terms[ref("owner")].witness == "c" * 64
+
+
+@pytest.mark.parametrize(
+    ("before", "wrong"),
+    [
+        # Keys that the machine holds, though a witness must; and the other way round.
+        ([terms(), opened()], uploaded(keys="file")),
+        ([opened()], uploaded(keys="owner")),
+        # Terms: of another key, of a later version, after data, with another key to them, of another owner's key.
+        ([opened()], terms()),
+        ([terms()], terms(version=3)),
+        ([terms()], terms(version=2, unlock="d" * 64)),
+        ([terms()], terms(version=2, owner_key="e" * 64)),
+        ([terms()], terms(owner=ref("thief"))),
+        # Unlocked by nobody's witness, or one that has seen more than there is.
+        ([terms()], Unlocked(owner=ref("owner"), witness="c" * 64, size=0)),
+        ([opened()], Unlocked(owner=ref("owner"), witness=WITNESS, size=0)),
+        ([terms()], Unlocked(owner=ref("owner"), witness=WITNESS, size=2)),
+        # A restore of more than there was; accepted where nothing waits.
+        ([terms()], Restored(first=2)),
+        ([terms()], accepted()),
+    ],
+)
+def test_what_does_not_follow_is_refused(before: list[Entry], wrong: Entry) -> None:
+    books = apply(Books(), *before)
+    with pytest.raises(BooksError):
+        apply(books, wrong)
+
+
+def test_after_a_restore_nothing_is_charged_before_the_owner_signed_for_that_one() -> None:
+    books = published()
+    apply(books, reserved(1), Restored(first=2))
+    at = books.size - 1
+    for wrong in (reserved(2), accepted(restored=at - 1), accepted(restored=at, owner_key="e" * 64)):
+        with pytest.raises(BooksError):
+            apply(books.draft(), wrong)
+    held = books.held[ref("all")]
+    apply(books, accepted(restored=at))
+    assert books.held[ref("all")] == held
+    apply(books, reserved(2))
+    # Each restore waits anew, and a draft that is undone changes nothing.
+    apply(books.draft(), Restored(first=2))
+    apply(books, reserved(3))
+    draft = books.draft()
+    apply(draft, Restored(first=2))
+    books.take(draft)
+    with pytest.raises(BooksError, match="accepted"):
+        apply(books, reserved(4))
