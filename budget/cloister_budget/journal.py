@@ -49,6 +49,8 @@ class Journal:
         self._names = Names()
         # The books, and a tree over the same leaves, hashed here: the stored hashes are the database's word.
         self._read = Replay()
+        # The books that held last: where the database shows something else, an owner's witness isn't forgotten.
+        self._known = self._read.books
         self._lock = threading.Lock()
         self._told: list[Callable[[], None]] = []
 
@@ -77,12 +79,12 @@ class Journal:
     def terms(self, owner: str) -> TermsBook | None:
         """The terms in force of an owner, by ref, as far as the log was read; None without a witness."""
         with self._lock:
-            return self._read.books.terms.get(owner)
+            return self._known.terms.get(owner)
 
     def gap(self, owner: str) -> Gap | None:
         """The restore that an owner, by ref, hasn't accepted yet, as far as the log was read."""
         with self._lock:
-            return self._read.books.gaps.get(owner)
+            return self._known.gaps.get(owner)
 
     def checkpoint(self, s: Session) -> str:
         """A signed note over every leaf that the transaction sees, and those that this guard has added since.
@@ -166,6 +168,7 @@ class Journal:
         try:
             self._read_up_to(s, end, told)
             self._check_head(s)
+            self._known = self._read.books
         except BaseException:
             # What was read is not to be believed, or not all of it: the next one to ask reads everything anew.
             self._read = Replay()

@@ -188,8 +188,12 @@ class ReleaseDesk:
         found = []
         for each in release.receipt.witnesses:
             lease = self._leases.of(each.owner)
-            if lease is None or lease.cosigned <= release.receipt.leaf:
-                raise UnavailableError("The owner has changed their witness.", next_step="Fetch the answer later.")
+            if lease is None or lease.witness != each.key or lease.cosigned <= release.receipt.leaf:
+                raise UnavailableError(
+                    f"{each.owner} has another witness now than when this was answered.",
+                    why="Only the one that the answer's entry names can sign for it.",
+                    next_step="Ask the owner.",
+                )
             found.append(
                 Witnessed(
                     owner=each.owner,

@@ -5,9 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cloister_budget.books import Books, BooksError
-from cloister_budget.entries import Entry, GapAccepted, Locked, OwnerTermsSet, Restored, Unlocked
+from cloister_budget.database import Database
+from cloister_budget.entries import (
+    Entry,
+    GapAccepted,
+    GuardStarted,
+    Locked,
+    Login,
+    OwnerTermsSet,
+    Restored,
+    Unlocked,
+)
+from cloister_budget.journal import Journal
+from cloister_budget.log import AuditLog
+from cloister_data.errors import StorageError
 from tests.cloister_budget.test_books import (
     OWNER_KEY,
     apply,
@@ -19,6 +33,8 @@ from tests.cloister_budget.test_books import (
     reserved,
     uploaded,
 )
+from tests.fakes.audited import believe
+from tests.fakes.ledgers import HandClock
 
 WITNESS, UNLOCK = "a" * 64, "b" * 64
 
@@ -93,3 +109,25 @@ def test_after_a_restore_nothing_is_charged_before_the_owner_signed_for_that_one
     books.take(draft)
     with pytest.raises(BooksError, match="accepted"):
         apply(books, reserved(4))
+
+
+def test_a_database_that_shows_something_else_makes_nobody_forget_a_witness(database: Database) -> None:
+    clock = HandClock()
+    journal, nobody = (
+        Journal(AuditLog(Ed25519PrivateKey.generate(), "books.example/log", clock), believe) for _ in range(2)
+    )
+    start = GuardStarted(
+        evidence=ref("e"), platform="simulated", log_key=journal.log.public_key.hex(), previous_key=None,
+        certificate=ref("c"),
+    )  # fmt: skip
+    with database.write() as s:
+        journal.append(s, start)
+        journal.append(s, terms())
+    with database.write() as s:
+        nobody.log.append(s, "login", Login(user=ref("ann")))
+    for _ in range(2):
+        with pytest.raises(StorageError), database.write() as s:
+            journal.append(s, Login(user=ref("ann")))
+        found = journal.terms(ref("owner"))
+        assert found is not None
+        assert found.witness == WITNESS
