@@ -40,7 +40,8 @@ class DatasetView(Wire):
 
     `part_units` is the public number of units in each part of the schema's partition; empty where it has none.
     `limit` is the smallest that binds the caller alone or in a group; `suspended` says that the owner has stopped the
-    dataset, or the caller on it.
+    dataset, or the caller on it. `witness` says that the owner has one, so that a rollback is prevented; then `locked`
+    says that it is silent, and nothing is admitted.
     """
 
     name: DatasetName
@@ -59,6 +60,8 @@ class DatasetView(Wire):
     suspended: bool = False
     expires: int | None
     simulated: bool
+    witness: bool = False
+    locked: bool = False
 
 
 class DatasetList(Wire):

@@ -76,7 +76,8 @@ class Catalogue:
 
     def list(self, caller: Caller) -> DatasetList:
         with self._database.read() as session:
-            return DatasetList(datasets=tuple(visible_datasets(session, caller, simulated=self._simulated)))
+            views = visible_datasets(session, caller, simulated=self._simulated)
+        return DatasetList(datasets=tuple(view.model_copy(update=self._owners.standing(view.owner)) for view in views))
 
     def show(self, caller: Caller, name: str) -> DatasetView:
         for view in self.list(caller).datasets:

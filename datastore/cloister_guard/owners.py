@@ -56,6 +56,13 @@ class Owners:
         """The data key that the owner's witness lends; None without a witness. Raises UnavailableError while locked."""
         return None if self.witness(owner) is None else self._leases.key(owner)
 
+    def standing(self, owner: str) -> dict[str, bool]:
+        """`witness` and `locked` of the owner's datasets, as a `DatasetView` shows them."""
+        if self.witness(owner) is None:
+            return {"witness": False, "locked": False}
+        lease = self._leases.of(owner)
+        return {"witness": True, "locked": lease is None or lease.key is None}
+
     def require(self, owners: Collection[str]) -> None:
         """Raises UnavailableError where an owner's data are locked, or wait for their word on a restore."""
         for owner in sorted(set(owners)):

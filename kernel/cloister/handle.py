@@ -359,6 +359,8 @@ class DatasetHandle:
                     f"{', '.join(view.operations)}; one request at most epsilon {view.epsilon_cap:g}; {expires}",
                 ),
             ]
+            prevented = "prevented by the owner's witness" if view.witness else "not prevented"
+            facts.append((f"{prefix}rollback", prevented + (". LOCKED: it is silent" if view.locked else "")))
             if view.simulated:
                 facts.append((f"{prefix}hardware", "SIMULATED: not for real data"))
         if self.schema.description:

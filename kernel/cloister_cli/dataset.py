@@ -231,6 +231,10 @@ def show(
         f"Open for {', '.join(view.operations) or 'nothing'}; one request at most epsilon {view.epsilon_cap:g}; "
         f"your limit epsilon {view.limit.epsilon:g} at delta {view.limit.delta:g}."
     )
+    prevented = "prevented by the owner's witness" if view.witness else "not prevented"
+    say(f"A rollback is {prevented}.")
+    if view.locked:
+        say("LOCKED: the owner's witness is silent.")
     if view.simulated:
         say("SIMULATED hardware: not for real data.")
     print_table(list(COLUMN_HEADERS), column_rows(view.data_schema), "No columns.")

@@ -19,7 +19,7 @@ from cloister.receipts import fetch
 from cloister.witness import keys_of
 from cloister_budget.receipts import ReceiptError, verify_receipt
 from cloister_data.cosignature import witness_name
-from cloister_data.datasets import SplitRef
+from cloister_data.datasets import DatasetList, SplitRef
 from cloister_data.errors import (
     AttestationRefusedError,
     AuthenticationError,
@@ -122,6 +122,9 @@ def test_silence_locks_the_data_and_an_owner_without_a_witness_is_not_held_up(ho
     until(lambda: not house.view().unlocked)
     with pytest.raises(UnavailableError, match="locked"):
         house.ask()
+    views = house.cloister.session("ann").transport.call("GET", "/datasets", None, DatasetList).datasets
+    shown = {view.name: (view.witness, view.locked) for view in views}
+    assert shown == {DATASET: (True, True), "open/people": (False, False)}
     free = house.ask("open/people")
     assert free.receipt.rollback == "not prevented"
     # What was paid waits behind the lock as well, and nothing of it lies in the database to be read.
