@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -61,9 +61,9 @@ class AuditSearch(Wire):
     start: int = Field(default=0, ge=0, le=MAX_SIZE)
     user: str | None = Field(default=None, max_length=64)
     dataset: str | None = Field(default=None, max_length=130)
-    kinds: tuple[str, ...] = Field(default=(), max_length=32)
-    since: UnixSeconds | None = None
-    until: UnixSeconds | None = None
+    kinds: tuple[Annotated[str, Field(max_length=64)], ...] = Field(default=(), max_length=32)
+    since: UnixSeconds | None = Field(default=None, ge=0, le=MAX_SIZE)
+    until: UnixSeconds | None = Field(default=None, ge=0, le=MAX_SIZE)
 
 
 class AuditPage(Wire):

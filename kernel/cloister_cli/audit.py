@@ -14,12 +14,14 @@ from tqdm import tqdm
 from cloister import logexport, profile, receipts
 from cloister.rendering import figure, share
 from cloister_attest.policy import AttestationPolicy, load_policy
+from cloister_cli.audit_search import search
 from cloister_cli.choose import ProfileOption, open_chosen
 from cloister_cli.output import AsJson, note, print_json, print_table, say
 from cloister_data.errors import ConfigurationError, InvalidRequestError
 from cloister_data.release import Release, ReleaseList
 
-app = typer.Typer(no_args_is_help=True, help="Read, export and verify the audit log and its receipts.")
+app = typer.Typer(no_args_is_help=True, help="Search, export and verify the audit log and its receipts.")
+app.command()(search)
 
 TrustOption = Annotated[
     Path | None,

@@ -35,10 +35,17 @@ def note(text: str) -> None:
 def print_json(document: Wire | dict[str, Any] | list[Any]) -> None:
     """One JSON document on standard output."""
     value = document.model_dump(mode="json") if isinstance(document, Wire) else document
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    # JSON may hold characters that steer a terminal as they are; escaped, they mean the same to a program.
-    escaped = (char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1] for char in text)
-    sys.stdout.write("".join(escaped) + "\n")
+    sys.stdout.write(_harmless(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)) + "\n")
+
+
+def print_json_line(document: dict[str, Any]) -> None:
+    """One JSON document in one line of standard output (https://jsonlines.org)."""
+    sys.stdout.write(_harmless(json.dumps(document, ensure_ascii=False, allow_nan=False)) + "\n")
+
+
+def _harmless(text: str) -> str:
+    """JSON may hold characters that steer a terminal as they are; escaped, they mean the same to a program."""
+    return "".join(char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1] for char in text)
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], empty: str) -> None:

@@ -21,6 +21,10 @@ COMMANDS = (
     "policy show",
     "policy set",
     "budget show",
+    "audit search",
+    "audit receipt",
+    "audit export",
+    "audit verify",
 )
 
 
