@@ -103,10 +103,31 @@ def _settled(facts: dict[str, Any], say: Say) -> str:
     return f"charge {say(facts['charge'])} {end}{steps}"
 
 
+def _counted(facts: dict[str, Any], say: Say) -> str:
+    refused = (
+        f"{facts[key]} {what}"
+        for key, what in (
+            ("sign_ins_refused", "sign-ins"), ("tokens_refused", "tokens"), ("witness_calls_refused", "witness calls")
+        )
+        if facts[key]
+    )  # fmt: skip
+    return f"evidence shown {facts['evidence']} times; refused: {', '.join(refused) or 'nothing'}"
+
+
+_LOCKED = {"silent": "the witness is silent", "terms": "the owner named another witness"}
+
 _SENTENCES: dict[str, Callable[[dict[str, Any], Say], str]] = {
     "guard-started": lambda facts, say: f"a guard started on {facts['platform']} hardware",
     "user-created": lambda facts, say: f"new user, {facts['role']}",
     "login": lambda facts, say: "signed in",
+    "kernel": lambda facts, say: f"kernel {say(facts['kernel'])} started, kept apart by: {facts['sandbox']}",
+    "refused": lambda facts, say: f"a request was refused by the {facts['code'].removesuffix('-refused')}",
+    "counted": _counted,
+    "owner-terms": lambda facts, say: f"terms version {facts['version']}: witness {facts['witness'][:8]}…",
+    "unlocked": lambda facts, say: f"data opened by the witness, which has signed for {facts['size']} entries",
+    "locked": lambda facts, say: f"data locked: {_LOCKED[facts['reason']]}",
+    "restored": lambda facts, say: f"a backup with {facts['first']} entries was put back; those after it are restored",
+    "restore-accepted": lambda facts, say: f"accepted the restore at entry {facts['restored']}",
     "population": _population,
     "upload": lambda facts, say: f"version {facts['version']}, {facts['units']} people of {say(facts['population'])}",
     "policy": lambda facts, say: f"policy version {facts['version']} in force",
