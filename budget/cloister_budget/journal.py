@@ -18,8 +18,8 @@ from cloister_budget import merkle
 from cloister_budget.book_types import TermsBook
 from cloister_budget.books import Books, BooksError
 from cloister_budget.database import after_commit
-from cloister_budget.entries import Entry, LeafBody
-from cloister_budget.log import Added, AuditLog, reader, size
+from cloister_budget.entries import Entry
+from cloister_budget.log import Added, AuditLog, LogMovedOn, reader, size
 from cloister_budget.names import Names
 from cloister_budget.replay import Replay
 from cloister_budget.tables import Leaf, LogHead
@@ -83,13 +83,19 @@ class Journal:
 
         Raises StorageError where the books don't admit it: the database isn't what this cloister wrote.
         """
-        draft = self._draft(s)
-        added = self.log.add(s, entry.kind, entry)
+        draft = s.info.get(_DRAFT) or self._draft(s)
         try:
-            draft.books.apply(LeafBody(index=added.index, at=added.at, facts=entry))
+            added = self.log.add(s, entry.kind, entry, draft.books.size)
+        except LogMovedOn as moved:
+            # Another guard's leaves, or another transaction's of this one that has just committed.
+            draft = self._draft(s, moved.size)
+            added = self.log.add(s, entry.kind, entry, moved.size)
+        try:
+            draft.books.go_on(added.index, added.at, entry)
         except BooksError as error:
             raise _edited(error.why) from error
         draft.hashes.append(added.hash)
+        self._keep(s, draft)
         return added
 
     def on_growth(self, told: Callable[[], None]) -> None:
@@ -98,32 +104,30 @@ class Journal:
 
     def books(self, s: Session) -> Books:
         """The books as the transaction leaves them. The log is this transaction's alone from here on."""
-        return self._draft(s).books
+        draft = s.info.get(_DRAFT) or self._keep(s, self._draft(s, self.log.next_index(s)))
+        return draft.books
 
-    def _draft(self, s: Session) -> _Draft:
-        draft: _Draft | None = s.info.get(_DRAFT)
-        return draft or self._begin(s, self.log.next_index(s))
-
-    def _begin(self, s: Session, index: int) -> _Draft:
-        """A draft over the books up to `index`. The log's lock is held: nobody appends meanwhile."""
+    def _draft(self, s: Session, size: int = 0) -> _Draft:
+        """A draft over the books, which have read the first `size` leaves at least: the log is then locked."""
         with self._lock:
-            # Another guard's leaves, or another transaction's of this one that has just committed.
-            self._catch_up(s, index)
-            draft = s.info[_DRAFT] = _Draft(self._read.books.draft(), [])
+            self._catch_up(s, size)
+            return _Draft(self._read.books.size, self._read.books.draft(), [])
 
-        def committed() -> None:
-            s.info.pop(_DRAFT, None)
-            with self._lock:
-                # Another transaction may have read this one's leaves already.
-                if self._read.books.size == index:
-                    self._read.books.take(draft.books)
-                    for leaf in draft.hashes:
-                        self._read.tree.add(leaf)
-            for told in self._told:
-                told()
-
-        after_commit(s, committed)
+    def _keep(self, s: Session, draft: _Draft) -> _Draft:
+        if _DRAFT not in s.info:
+            after_commit(s, lambda: self._committed(s.info.pop(_DRAFT)))
+        s.info[_DRAFT] = draft
         return draft
+
+    def _committed(self, draft: _Draft) -> None:
+        with self._lock:
+            # Another transaction may have read this one's leaves already.
+            if self._read.books.size == draft.start:
+                self._read.books.take(draft.books)
+                for leaf in draft.hashes:
+                    self._read.tree.add(leaf)
+        for told in self._told:
+            told()
 
     def _catch_up(self, s: Session, end: int, told: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Read the stored leaves from where the books end up to `end`, and see that a guard signed for all of them."""
@@ -169,8 +173,9 @@ class Journal:
 
 @dataclass(frozen=True)
 class _Draft:
-    """What a transaction has appended: the books after it, and its leaves' hashes (32 bytes each)."""
+    """What a transaction has appended to a log of `start` leaves: the books after it, its leaves' hashes (32 bytes)."""
 
+    start: int
     books: Books
     hashes: list[bytes]
 

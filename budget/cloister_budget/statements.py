@@ -56,6 +56,12 @@ class Statement:
             for row in found.all()
         ]
 
+    def change(self, s: Session, values: Mapping[str, Any]) -> int:
+        """Execute it; answers how many rows it changed."""
+        connection = s.connection()
+        compiled = self._for(connection.dialect)
+        return connection.exec_driver_sql(compiled.sql, compiled.parameters(values)).rowcount
+
     def run_many(self, s: Session, values: Sequence[Mapping[str, Any]]) -> None:
         """Execute it once for each mapping."""
         connection = s.connection()

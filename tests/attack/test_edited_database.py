@@ -179,7 +179,8 @@ def test_a_stopped_guard_does_not_start_over_an_edited_log(house: House) -> None
     def read(level: int, place: int) -> bytes:
         return bytes(known[((place + 1) << level) - 1][32 * level : 32 * (level + 1)])
 
-    hashes = b"".join(found for _, _, found in merkle.append(last + 1, hashed, read))
+    tree = merkle.Growing(last + 1, [read(level, place) for level, place in reversed(merkle.edge(last + 1))])
+    hashes = b"".join(tree.add(hashed))
     house.sql(
         'INSERT INTO leaves ("index", kind, at, payload, hashes) VALUES (?, ?, ?, ?, ?)',
         last + 1, "login", 0, forged, hashes,
