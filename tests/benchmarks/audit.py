@@ -147,7 +147,7 @@ class Log:
         content = ReceiptContent(
             release="0" * 32, charge="1" * 32, user="ann", request=digest("q"), sources=(), adjacency="zero-out",
             mechanism=STATISTICS[0], epsilon=0.1, delta=1e-6, evidence=self.record.evidence.digest(), simulated=True,
-            issued=self.began + 60,
+            issued=self.began + 60, witnesses=(),
         )  # fmt: skip
         released = Released(release="0" * 32, charge="1" * 32, receipt=content.digest(), steps=None)
         payload = LeafBody(index=size - 1, at=self.began, facts=released).canonical()
@@ -164,7 +164,7 @@ class Log:
         note = sign_checkpoint(Checkpoint(ORIGIN, size, root), self.key)
         receipt = Receipt(
             **dict(content), leaf=size - 1, entry=payload, inclusion=inclusion, checkpoint=note,
-            log_key=self.record.evidence.log_key, witnesses=(), witnessed=(), rollback="not prevented",
+            log_key=self.record.evidence.log_key, witnessed=(), rollback="not prevented",
         )  # fmt: skip
         return ReceiptFile(receipt=receipt, evidence=self.record)
 
