@@ -84,9 +84,10 @@ def extend(s: Session, old: End, new: End, leaf: Mapping[str, Any]) -> bool:
         "old_size": old.size, "old_signature": old.signature, "old_last": old.last,
         "new_size": new.size, "new_signature": new.signature, **leaf,
     }  # fmt: skip
-    if s.connection().dialect.name == "postgresql":
-        return _EXTEND.change(s, values) == 1
-    if _MOVE.change(s, values) != 1:
+    connection = s.connection()
+    if connection.dialect.name == "postgresql":
+        return _EXTEND.change(connection, values) == 1
+    if _MOVE.change(connection, values) != 1:
         return False
-    _ADD_LEAF.run(s, leaf)
+    _ADD_LEAF.run(connection, leaf)
     return True
