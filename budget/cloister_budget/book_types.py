@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cloister_budget.loss import Vector
 from cloister_budget.orders import Orders
@@ -74,3 +75,15 @@ class OpenCharge(NamedTuple):
     losses: tuple[tuple[tuple[str, ...], Vector], ...]
     direct: int
     steps: int | None
+
+
+class Layer(ChainMap[str, Any]):
+    """A ChainMap of two, which is looked up several times for each charge."""
+
+    def __getitem__(self, key: str) -> Any:
+        mine, base = self.maps
+        return mine[key] if key in mine else base[key]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        mine, base = self.maps
+        return mine[key] if key in mine else base.get(key, default)

@@ -7,7 +7,6 @@ one vector, spent and reserved together: marks move loss from one to the other o
 
 from __future__ import annotations
 
-from collections import ChainMap
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import replace
 from functools import lru_cache
@@ -20,6 +19,7 @@ from cloister_budget.book_types import (
     AccountBook,
     DatasetBook,
     Held,
+    Layer,
     OpenCharge,
     PopulationBook,
     TermsBook,
@@ -373,7 +373,7 @@ def _part(whole: Vector, steps: int, total: int | None) -> Vector:
 
 
 def _layer(base: Any) -> Any:
-    return {} if base is None else ChainMap({}, base)
+    return {} if base is None else Layer({}, base)
 
 
 def _merge(mine: MutableMapping[str, Any], draft: Any) -> None:

@@ -18,8 +18,9 @@ from cloister_budget import merkle
 from cloister_budget.book_types import TermsBook
 from cloister_budget.books import Books, BooksError
 from cloister_budget.database import after_commit
-from cloister_budget.entries import Entry, LeafBody
-from cloister_budget.log import Added, AuditLog, Edge, reader, size
+from cloister_budget.entries import Entry
+from cloister_budget.log import Added, AuditLog, LogMovedOn, reader, size
+from cloister_budget.merkle import Growing
 from cloister_budget.names import Names
 from cloister_budget.replay import Replay, Start
 from cloister_budget.tables import Leaf, LogHead
@@ -107,7 +108,7 @@ class Journal:
 
         For a transaction that may write: the log is its alone from here on. Raises StorageError.
         """
-        self._draft(s)
+        self._held(s)
         return self.log.prefix(s, leaves)
 
     def append(self, s: Session, entry: Entry) -> Added:
@@ -115,13 +116,20 @@ class Journal:
 
         Raises StorageError where the books don't admit it: the database isn't what this cloister wrote.
         """
-        draft = self._draft(s)
-        added = self.log.add(s, entry.kind, entry)
+        draft = s.info.get(_DRAFT) or self._draft(s)
         try:
-            draft.books.apply(LeafBody(index=added.index, at=added.at, facts=entry))
+            added = self.log.add(s, entry.kind, entry, draft.tree)
+        except LogMovedOn as moved:
+            # Another guard's leaves, or another transaction's of this one that has just committed.
+            draft = self._draft(s, moved.size)
+            added = self.log.add(s, entry.kind, entry, draft.tree)
+        try:
+            draft.books.go_on(added.index, added.at, entry)
         except BooksError as error:
             raise _edited(error.why) from error
         draft.hashes.append(added.hash)
+        draft.tree.add(added.hash)
+        self._keep(s, draft)
         return added
 
     def on_growth(self, told: Callable[[], None]) -> None:
@@ -130,36 +138,38 @@ class Journal:
 
     def books(self, s: Session) -> Books:
         """The books as the transaction leaves them. The log is this transaction's alone from here on."""
-        return self._draft(s).books
+        return self._held(s).books
 
-    def _draft(self, s: Session) -> _Draft:
-        draft: _Draft | None = s.info.get(_DRAFT)
-        return draft or self._begin(s, self.log.end(s))
+    def _held(self, s: Session) -> _Draft:
+        """The transaction's draft, once the log is its alone, and is the one that was read."""
+        tree = self.log.end(s)
+        draft: _Draft = s.info.get(_DRAFT) or self._keep(s, self._draft(s, tree.size))
+        if (draft.tree.size, draft.tree.edge) != (tree.size, tree.edge):
+            raise _edited("Its entries aren't those that this guard has seen.")
+        return draft
 
-    def _begin(self, s: Session, edge: Edge) -> _Draft:
-        """A draft over the books up to the log's end. The log's lock is held: nobody appends meanwhile."""
-        index = edge.size
+    def _draft(self, s: Session, size: int = 0) -> _Draft:
+        """A draft over the books, which have read the first `size` leaves at least: the log is then locked."""
         with self._lock:
-            # Another guard's leaves, or another transaction's of this one that has just committed.
-            self._catch_up(s, index)
-            if self._read.tree.root() != merkle.root(index, edge.read):
-                self._read = Replay()
-                raise _edited("Its entries aren't those that this guard has seen.")
-            draft = s.info[_DRAFT] = _Draft(self._read.books.draft(), [])
+            self._catch_up(s, size)
+            return _Draft(self._read.books.size, self._read.books.draft(), self._read.tree.copy(), [])
 
-        def committed() -> None:
-            s.info.pop(_DRAFT, None)
-            with self._lock:
-                # Another transaction may have read this one's leaves already.
-                if self._read.books.size == index:
-                    self._read.books.take(draft.books)
-                    for leaf in draft.hashes:
-                        self._read.tree.add(leaf)
+    def _keep(self, s: Session, draft: _Draft) -> _Draft:
+        if _DRAFT not in s.info:
+            after_commit(s, lambda: self._committed(s.info.pop(_DRAFT)))
+        s.info[_DRAFT] = draft
+        return draft
+
+    def _committed(self, draft: _Draft) -> None:
+        with self._lock:
+            # Another transaction may have read this one's leaves already.
+            if self._read.books.size == draft.start:
+                self._read.books.take(draft.books)
+                for leaf in draft.hashes:
+                    self._read.tree.add(leaf)
+        if draft.hashes:
             for told in self._told:
                 told()
-
-        after_commit(s, committed)
-        return draft
 
     def _catch_up(self, s: Session, end: int, told: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Read the stored leaves from where the books end up to `end`, and see that a guard signed for all of them."""
@@ -209,9 +219,11 @@ class Journal:
 
 @dataclass(frozen=True)
 class _Draft:
-    """What a transaction has appended: the books after it, and its leaves' hashes (32 bytes each)."""
+    """What a transaction has appended to a log of `start` leaves: books and tree after it, its leaves' hashes."""
 
+    start: int
     books: Books
+    tree: Growing
     hashes: list[bytes]
 
 

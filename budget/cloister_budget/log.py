@@ -12,51 +12,33 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from sqlalchemy import Executable, bindparam, func, insert, or_, select
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import bindparam, func, or_, select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from cloister_budget import merkle
+from cloister_budget import log_rows, merkle
 from cloister_budget.database import after_commit
 from cloister_budget.entries import COARSE_SECONDS, MAX_PAYLOAD_BYTES
-from cloister_budget.merkle import HASH_BYTES
+from cloister_budget.log_rows import End
+from cloister_budget.merkle import HASH_BYTES, Growing
 from cloister_budget.statements import Statement
-from cloister_budget.tables import Leaf, LogHead
+from cloister_budget.tables import Leaf
 from cloister_data.base import Wire
 from cloister_data.checkpoint import Checkpoint, check_origin, sign_checkpoint
 from cloister_data.errors import StorageError
 
-LOG_LOCK = 0x436C6F69_02
-"""Key of the PostgreSQL advisory lock under which leaves are appended; it is held until the transaction ends."""
-
 _HEAD = "cloister_log_head"
 """Under this name a session knows the log's end as its transaction has left it."""
 
-_LOCK = Statement(lambda _: select(func.pg_advisory_xact_lock(bindparam("key"))))
 _LAST = Statement(lambda _: select(func.max(Leaf.index)))
-_LAST_ROW = Statement(
-    lambda _: select(Leaf.index, Leaf.hashes).where(Leaf.index == select(func.max(Leaf.index)).scalar_subquery())
-)
-_ADD_LEAF = Statement(lambda _: insert(Leaf.__table__))  # type: ignore[arg-type]
-
-
-def _put_head(dialect: str) -> Executable:
-    upsert: Any = (sqlite if dialect == "sqlite" else postgresql).insert(LogHead)
-    new = {"size": upsert.excluded.size, "signature": upsert.excluded.signature}
-    return upsert.on_conflict_do_update(index_elements=["id"], set_=new)  # type: ignore[no-any-return]
-
-
-_PUT_HEAD = Statement(_put_head)
 
 
 @lru_cache(maxsize=256)
 def _rows(count: int) -> Statement:
     wanted = [Leaf.index == bindparam(f"index{number}") for number in range(count)]
-    last = select(func.max(Leaf.index)).scalar_subquery()
-    return Statement(lambda _: select(Leaf.index, Leaf.hashes, last).where(or_(*wanted)))
+    return Statement(lambda _: select(Leaf.index, Leaf.hashes).where(or_(*wanted)))
 
 
 Facts = Wire | Mapping[str, str | int | bool | None]
@@ -80,6 +62,14 @@ class Proof:
     checkpoint: str
 
 
+class LogMovedOn(Exception):
+    """Others have appended. Nothing was written, and the log, of `size` leaves, is now this transaction's alone."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.size = size
+
+
 class AuditLog:
     """Appends leaves in the caller's transaction, and signs checkpoints. `origin` names the cloister's log."""
 
@@ -97,82 +87,97 @@ class AuditLog:
         """Add a leaf; answers its index. See `add`."""
         return self.add(s, kind, facts).index
 
-    def add(self, s: Session, kind: str, facts: Facts) -> Added:
+    def add(self, s: Session, kind: str, facts: Facts, after: Growing | None = None) -> Added:
         """Add a leaf. It is there when, and only if, the caller's transaction commits.
 
         `facts` holds ids, whole numbers and digests: a leaf can never be erased, so nothing personal belongs in it.
-        Appending comes last in a transaction: every writer waits for the log's lock.
+        Appending comes last in a transaction: every writer waits for the log's head.
+
+        With `after` it follows the leaves of that tree, which the caller has hashed. Raises LogMovedOn where there are
+        others; StorageError where the stored log doesn't extend the one that this guard saw last, or isn't that tree's.
+        The database is trusted to be there, not to be right: a backup put back under a running guard is noticed here.
         """
         if s.in_nested_transaction():
             raise RuntimeError("a leaf is appended outside savepoints: what it follows must not be undone under it")
-        edge = self.end(s)
-        index = edge.size
-        at = coarse(self._clock())
+        head: _Head | None = s.info.get(_HEAD) or self._head
+        if head is not None and (after is None or after.size == head.end.size):
+            added = self._extend(s, head, kind, facts, after)
+            if added is not None:
+                return added
+        # Another transaction or another guard has written, or somebody has.
+        head = self._lock(s)
+        if after is not None and after.size != head.end.size:
+            raise LogMovedOn(head.end.size)
+        added = self._extend(s, head, kind, facts, after)
+        if added is None:
+            raise _another_log()
+        return added
+
+    def _extend(self, s: Session, head: _Head, kind: str, facts: Facts, after: Growing | None) -> Added | None:
+        """None where the stored log doesn't end at `head`."""
+        if after is not None and after.edge != head.tree.edge:
+            raise _another_log()
+        index, at = head.end.size, coarse(self._clock())
         payload = _payload(index, kind, at, facts)
-        hashed = merkle.leaf_hash(payload)
-        gained = merkle.append(index, hashed, edge.read)
-        edge = edge.grown(gained)
-        hashes = b"".join(found for _, _, found in gained)
-        _ADD_LEAF.run(s, {"index": index, "kind": kind, "at": at, "payload": payload, "hashes": hashes})
-        signature = self._key.sign(self._checkpoint(edge.size, edge.read).body().encode())
-        _PUT_HEAD.run(s, {"id": 1, "size": edge.size, "signature": signature})
-        s.info[_HEAD] = _Head(edge, hashes)
-        return Added(index, at, payload, hashed)
+        hashed = self._write(s, head, payload, kind, at, self._sign)
+        return None if hashed is None else Added(index, at, payload, hashed)
+
+    def _sign(self, tree: Growing) -> bytes:
+        return self._key.sign(Checkpoint(self.origin, tree.size, tree.root()).body().encode())
+
+    def _write(
+        self, s: Session, head: _Head, payload: bytes, kind: str, at: int, sign: Callable[[Growing], bytes]
+    ) -> bytes | None:
+        """The hash of the leaf that was written after `head`. None where the stored log doesn't end there."""
+        hashed, tree = merkle.leaf_hash(payload), head.tree.copy()
+        hashes = b"".join(tree.add(hashed))
+        end = End(tree.size, sign(tree), hashes)
+        leaf = {"index": head.end.size, "kind": kind, "at": at, "payload": payload, "hashes": hashes}
+        try:
+            if not log_rows.extend(s, head.end, end, leaf):
+                return None
+        except IntegrityError as error:
+            # A leaf is there already, beyond the one that the head says is the last.
+            raise _another_log() from error
+        self._note(s, _Head(tree, end))
+        return hashed
 
     def put_back(self, s: Session, payloads: Sequence[bytes], signature: bytes) -> None:
         """Write entries that a backup lacks, as they were, with the signature (64 bytes) over the last of them.
 
         The caller has verified both, and nothing was appended by this guard before.
         """
-        edge = self.end(s)
+        head = self._lock(s)
         for payload in payloads:
             leaf = json.loads(payload)
-            gained = merkle.append(edge.size, merkle.leaf_hash(payload), edge.read)
-            hashes = b"".join(found for _, _, found in gained)
-            row = {"index": edge.size, "kind": leaf["facts"]["kind"], "at": leaf["at"], "payload": payload}
-            _ADD_LEAF.run(s, {**row, "hashes": hashes})
-            edge = edge.grown(gained)
-        _PUT_HEAD.run(s, {"id": 1, "size": edge.size, "signature": signature})
-        s.info[_HEAD] = _Head(edge, hashes)
+            if not self._write(s, head, payload, leaf["facts"]["kind"], leaf["at"], lambda tree: signature):
+                raise _another_log()
+            head = self._lock(s)
 
-    def end(self, s: Session) -> Edge:
-        """The log's right edge as the transaction leaves it. The log is this transaction's alone from here on."""
+    def end(self, s: Session) -> Growing:
+        """The tree of the log as this transaction leaves it, not to be changed. It is its alone from here on."""
+        return self._lock(s).tree
+
+    def _lock(self, s: Session) -> _Head:
+        """Where the stored log ends, which is this transaction's alone from here on: it extends what was seen last."""
         known: _Head | None = s.info.get(_HEAD)
-        if known is None:
-            if s.connection().dialect.name == "postgresql":
-                _LOCK.run(s, {"key": LOG_LOCK})
-            known = s.info[_HEAD] = _Head(self._stored_edge(s), b"")
+        if known is not None:
+            return known
+        end, seen = log_rows.lock(s), self._head
+        if end is None or (seen is not None and not _extends(s, end, seen)):
+            raise _another_log()
+        return self._note(s, _Head(_tree(s, end.size), end))
+
+    def _note(self, s: Session, head: _Head) -> _Head:
+        if _HEAD not in s.info:
             after_commit(s, lambda: self._committed(s.info.pop(_HEAD)))
-        return known.edge
+        s.info[_HEAD] = head
+        return head
 
     def _committed(self, new: _Head) -> None:
-        if not new.hashes:
-            return  # Nothing was appended.
         with self._head_lock:
-            if self._head is None or new.edge.size > self._head.edge.size:
+            if self._head is None or new.end.size > self._head.end.size:
                 self._head = new
-
-    def _stored_edge(self, s: Session) -> Edge:
-        """The stored log's right edge, once it is shown to extend the head that this guard saw last.
-
-        The database is trusted to be there, not to be right: a backup put back under a running guard is noticed here.
-        """
-        head = self._head
-        if head is None:
-            return _edge(s, size(s))
-        last = _LAST_ROW.run(s)
-        if last and last[0] == (head.edge.size - 1, head.hashes):
-            return head.edge
-        # Another guard has written, or somebody has.
-        seen = head.edge.size
-        try:
-            leaves, hashes = _stored_hashes(s, merkle.edge(seen))
-            same = leaves >= seen and merkle.root(seen, Edge(seen, hashes).read) == merkle.root(seen, head.edge.read)
-        except merkle.LogVerificationError:
-            same = False
-        if not same:
-            raise _not_ours()
-        return _edge(s, leaves)
 
     def prove(self, s: Session, index: int, leaves: int | None = None) -> Proof:
         """That the leaf is in the log as this transaction leaves it, its own leaves among it, or in its first `leaves`.
@@ -189,12 +194,16 @@ class AuditLog:
 
         # Once to learn which hashes it takes, which are then read together, and once with them.
         merkle.inclusion_proof(index, stated.size, note)
-        read = Edge(stated.size, _stored_hashes(s, sorted(set(places)))[1]).read
+        known = _stored_hashes(s, sorted(set(places)))
+
+        def read(level: int, place: int) -> bytes:
+            return _present(known.get((level, place)), level, place)
+
         try:
             inclusion = merkle.inclusion_proof(index, stated.size, read)
             merkle.verify_inclusion(read(0, index), index, stated.size, inclusion, stated.root)
         except merkle.LogVerificationError as error:
-            raise _not_ours() from error
+            raise _another_log() from error
         return Proof(tuple(inclusion), self.sign(stated.size, stated.root))
 
     def prefix(self, s: Session, leaves: int | None = None) -> Checkpoint:
@@ -203,9 +212,9 @@ class AuditLog:
         The stored hashes of a part are shown to lead to the whole tree that this guard knows (RFC 6962 section 2.1.2).
         Raises StorageError where they don't. The log is this transaction's alone from here on.
         """
-        edge = self.end(s)
-        whole = self._checkpoint(edge.size, edge.read)
-        if leaves is None or leaves == edge.size:
+        tree = self.end(s)
+        whole = Checkpoint(self.origin, tree.size, tree.root())
+        if leaves is None or leaves == tree.size:
             return whole
         try:
             read = reader(s)
@@ -213,7 +222,7 @@ class AuditLog:
             proof = merkle.consistency_proof(leaves, whole.size, read)
             merkle.verify_consistency(leaves, whole.size, first, whole.root, proof)
         except merkle.LogVerificationError as error:
-            raise _not_ours() from error
+            raise _another_log() from error
         return Checkpoint(self.origin, leaves, first)
 
     def sign(self, leaves: int, root: bytes) -> str:
@@ -223,32 +232,13 @@ class AuditLog:
         """
         return sign_checkpoint(Checkpoint(self.origin, leaves, root), self._key)
 
-    def _checkpoint(self, leaves: int, read: merkle.Read) -> Checkpoint:
-        return Checkpoint(self.origin, leaves, merkle.root(leaves, read))
-
-
-@dataclass(frozen=True)
-class Edge:
-    """The right edge of a log of `size` leaves: the hashes of the complete subtrees that its root is made of."""
-
-    size: int
-    hashes: Mapping[tuple[int, int], bytes]
-
-    def read(self, level: int, index: int) -> bytes:
-        return _present(self.hashes.get((level, index)), level, index)
-
-    def grown(self, gained: Sequence[tuple[int, int, bytes]]) -> Edge:
-        """The edge with one leaf more, from the subtree hashes that the leaf added."""
-        known = {**self.hashes, **{(level, index): found for level, index, found in gained}}
-        return Edge(self.size + 1, {place: known[place] for place in merkle.edge(self.size + 1)})
-
 
 @dataclass(frozen=True)
 class _Head:
-    """The end of the log as this guard has written it: its edge, and the hashes in its last row."""
+    """The end of a log that this guard has written or read. Its tree is not to be changed."""
 
-    edge: Edge
-    hashes: bytes
+    tree: Growing
+    end: End
 
 
 def coarse(seconds: float) -> int:
@@ -262,7 +252,18 @@ def size(s: Session) -> int:
     return 0 if last is None else int(last) + 1
 
 
-def _not_ours() -> StorageError:
+def _extends(s: Session, end: End, seen: _Head) -> bool:
+    """Whether the stored log, which ends at `end`, begins with the one that was seen."""
+    size = seen.end.size
+    if end.size <= size:
+        return end == seen.end
+    try:
+        return _tree(s, size).edge == seen.tree.edge
+    except merkle.LogVerificationError:
+        return False
+
+
+def _another_log() -> StorageError:
     return StorageError(
         "The audit log isn't the one that this cloister wrote.",
         why="Entries that were committed are gone or changed, as when an old copy of the database is put back.",
@@ -270,20 +271,21 @@ def _not_ours() -> StorageError:
     )
 
 
-def _edge(s: Session, leaves: int) -> Edge:
-    return Edge(leaves, _stored_hashes(s, merkle.edge(leaves))[1])
+def _tree(s: Session, leaves: int) -> Growing:
+    """The tree of the first leaves, as it is stored. Raises LogVerificationError."""
+    places = merkle.edge(leaves)[::-1]
+    known = _stored_hashes(s, places)
+    return Growing(leaves, [_present(known.get(place), *place) for place in places])
 
 
-def _stored_hashes(s: Session, places: Sequence[tuple[int, int]]) -> tuple[int, dict[tuple[int, int], bytes]]:
-    """(leaves, hashes): how many leaves are stored, and those of the subtree hashes at `places` that are."""
-    if not places:
-        return size(s), {}
+def _stored_hashes(s: Session, places: Sequence[tuple[int, int]]) -> dict[tuple[int, int], bytes]:
+    """Those of the subtree hashes at `places` that are stored."""
     indexes = sorted({_finished_by(level, index) for level, index in places})
-    rows = _rows(len(indexes)).run(s, {f"index{number}": index for number, index in enumerate(indexes)})
-    stored = {index: hashes for index, hashes, _ in rows}
+    if not indexes:
+        return {}
+    stored = dict(_rows(len(indexes)).run(s, {f"index{number}": index for number, index in enumerate(indexes)}))
     found = {(level, index): _of_level(stored.get(_finished_by(level, index), b""), level) for level, index in places}
-    last = rows[0][2] if rows else None
-    return 0 if last is None else last + 1, {place: hashed for place, hashed in found.items() if hashed}
+    return {place: hashed for place, hashed in found.items() if hashed}
 
 
 def _finished_by(level: int, index: int) -> int:

@@ -6,7 +6,7 @@ A tree is read through `Read`: the hash of the complete subtree of 2^level leave
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
 from cloister_data.errors import CloisterError
@@ -31,17 +31,6 @@ def leaf_hash(payload: bytes) -> bytes:
 def node_hash(left: bytes, right: bytes) -> bytes:
     """RFC 6962 section 2.1: SHA-256(0x01 || left || right)."""
     return hashlib.sha256(b"\x01" + left + right).digest()
-
-
-def append(size: int, leaf: bytes, read: Read) -> list[tuple[int, int, bytes]]:
-    """The subtree hashes (level, index, hash) that a tree of `size` leaves gains with the leaf hash `leaf`."""
-    gained = [(0, size, leaf)]
-    level, index, found = 0, size, leaf
-    while index & 1:
-        found = node_hash(read(level, index - 1), found)
-        level, index = level + 1, index >> 1
-        gained.append((level, index, found))
-    return gained
 
 
 def edge(size: int) -> list[tuple[int, int]]:
@@ -108,29 +97,36 @@ def consistency_proof(first: int, second: int, read: Read) -> list[bytes]:
 
 
 class Growing:
-    """A tree that grows leaf by leaf and keeps nothing but its right edge: to hash a whole log once."""
+    """A tree that grows leaf by leaf and keeps nothing but its right edge.
 
-    def __init__(self) -> None:
-        self.size = 0
-        self._edge: list[bytes] = []
-        """The complete subtrees, largest first; their levels are the bits of `size`."""
+    `edge` are the hashes of the complete subtrees that make it up, largest first; their levels are the bits of `size`.
+    """
 
-    def add(self, leaf: bytes) -> None:
-        """Append a leaf's hash."""
-        found, edge = leaf, self._edge
-        size = self.size
+    __slots__ = ("edge", "size")
+
+    def __init__(self, size: int = 0, edge: Iterable[bytes] = ()) -> None:
+        self.size, self.edge = size, list(edge)
+
+    def copy(self) -> Growing:
+        return Growing(self.size, self.edge)
+
+    def add(self, leaf: bytes) -> list[bytes]:
+        """Append a leaf's hash. Answers those of the complete subtrees that it finishes: of 1 leaf, 2, 4 and so on."""
+        finished, edge, size = [leaf], self.edge, self.size
         while size & 1:
-            found = node_hash(edge.pop(), found)
+            leaf = node_hash(edge.pop(), leaf)
+            finished.append(leaf)
             size >>= 1
-        edge.append(found)
+        edge.append(leaf)
         self.size += 1
+        return finished
 
     def root(self) -> bytes:
         """The tree head of what was added, 32 bytes."""
-        if not self._edge:
+        if not self.edge:
             return EMPTY_ROOT
-        found = self._edge[-1]
-        for left in reversed(self._edge[:-1]):
+        found = self.edge[-1]
+        for left in self.edge[-2::-1]:
             found = node_hash(left, found)
         return found
 

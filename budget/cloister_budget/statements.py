@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Boolean, Dialect
+from sqlalchemy import Boolean, Connection, Dialect
 from sqlalchemy.orm import Session
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
@@ -18,35 +18,33 @@ Processor = Callable[[Any], Any] | None
 
 @dataclass(frozen=True)
 class _Compiled:
-    """SQL as the driver takes it. `names` are the parameters, in their order where the driver counts them."""
+    """SQL as the driver takes it. `binding` are the parameters by name, in their order where the driver counts them."""
 
     sql: str
     positional: bool
-    names: tuple[str, ...]
-    binding: tuple[Processor, ...]
+    binding: tuple[tuple[str, Processor], ...]
     reading: tuple[Processor, ...]
 
     def parameters(self, values: Mapping[str, Any]) -> Any:
-        bound = [
-            values[name] if process is None else process(values[name])
-            for name, process in zip(self.names, self.binding, strict=True)
-        ]
-        return tuple(bound) if self.positional else dict(zip(self.names, bound, strict=True))
+        if self.positional:
+            return tuple([values[name] if bind is None else bind(values[name]) for name, bind in self.binding])
+        return {name: values[name] if bind is None else bind(values[name]) for name, bind in self.binding}
 
 
 class Statement:
     """One Core statement. `build` makes it, given the dialect's name, at its first use on each.
 
-    Its parameters are all `bindparam`s (or an insert's columns), and none is expanding.
+    Its parameters are all `bindparam`s (or an insert's columns), and none is expanding. It runs on a connection, or in
+    a session's transaction.
     """
 
     def __init__(self, build: Callable[[str], Any]) -> None:
         self._build = build
         self._compiled: dict[str, _Compiled] = {}
 
-    def run(self, s: Session, values: Mapping[str, Any] | None = None) -> Sequence[tuple[Any, ...]]:
-        """Execute it in the session's transaction; answers its rows. Every parameter needs a value."""
-        connection = s.connection()
+    def run(self, on: Session | Connection, values: Mapping[str, Any] | None = None) -> Sequence[tuple[Any, ...]]:
+        """Execute it; answers its rows. Every parameter needs a value."""
+        connection = _connection(on)
         compiled = self._for(connection.dialect)
         found = connection.exec_driver_sql(compiled.sql, compiled.parameters(values or {}))
         if not found.returns_rows:
@@ -56,9 +54,15 @@ class Statement:
             for row in found.all()
         ]
 
-    def run_many(self, s: Session, values: Sequence[Mapping[str, Any]]) -> None:
+    def change(self, on: Session | Connection, values: Mapping[str, Any]) -> int:
+        """Execute it; answers how many rows it changed."""
+        connection = _connection(on)
+        compiled = self._for(connection.dialect)
+        return connection.exec_driver_sql(compiled.sql, compiled.parameters(values)).rowcount
+
+    def run_many(self, on: Session | Connection, values: Sequence[Mapping[str, Any]]) -> None:
         """Execute it once for each mapping."""
-        connection = s.connection()
+        connection = _connection(on)
         compiled = self._for(connection.dialect)
         connection.exec_driver_sql(compiled.sql, [compiled.parameters(each) for each in values])
 
@@ -69,6 +73,10 @@ class Statement:
         return found
 
 
+def _connection(on: Session | Connection) -> Connection:
+    return on if isinstance(on, Connection) else on.connection()
+
+
 def _compile(built: Any, dialect: Dialect) -> _Compiled:
     compiled = built.compile(dialect=dialect)
     names = tuple(compiled.positiontup if compiled.positional else compiled.binds)
@@ -76,14 +84,14 @@ def _compile(built: Any, dialect: Dialect) -> _Compiled:
     return _Compiled(
         str(compiled),
         bool(compiled.positional),
-        names,
-        tuple(compiled.binds[name].type.dialect_impl(dialect).bind_processor(dialect) for name in names),
-        tuple(_reader(column.type, dialect) for column in columns),
+        tuple((name, _processor(compiled.binds[name].type, dialect, reads=False)) for name in names),
+        tuple(_processor(column.type, dialect, reads=True) for column in columns),
     )
 
 
-def _reader(kind: TypeEngine[Any], dialect: Dialect) -> Processor:
-    """Numbers, texts and bytes come from both drivers as they are; our own types and SQLite's booleans don't."""
-    if isinstance(kind, TypeDecorator | Boolean):
-        return kind.dialect_impl(dialect).result_processor(dialect, None)
-    return None
+def _processor(kind: TypeEngine[Any], dialect: Dialect, *, reads: bool) -> Processor:
+    """Numbers, texts and bytes go to both drivers and come as they are; our own types and SQLite's booleans don't."""
+    if not isinstance(kind, TypeDecorator | Boolean):
+        return None
+    own = kind.dialect_impl(dialect)
+    return own.result_processor(dialect, None) if reads else own.bind_processor(dialect)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -20,13 +21,18 @@ from cloister_guard.identity import Caller
 
 @dataclass(frozen=True)
 class Source:
-    """One dataset of a request, as it stands now, with the policy that admitted the request."""
+    """One dataset of a request, as it stands now, with the policy that admitted the request.
+
+    `policy_digest` and `schema_digest` are those that the log knows the policy and the schema by.
+    """
 
     ref: SplitRef
     row: Dataset
     version: DatasetVersion
     policy: Policy
+    policy_digest: str
     data_schema: Schema
+    schema_digest: str
 
     @property
     def as_version(self) -> SourceVersion:
@@ -41,8 +47,24 @@ class Source:
 
 def load_policy(session: Session, dataset: Dataset) -> Policy:
     """The policy in force. Its signature was verified when it was stored."""
-    stored = session.get_one(PolicyRow, (dataset.name, dataset.policy_version))
-    return Policy.from_json(stored.document)
+    return _in_force(session, dataset)[0]
+
+
+def _in_force(session: Session, dataset: Dataset) -> tuple[Policy, str]:
+    return _policy(session.get_one(PolicyRow, (dataset.name, dataset.policy_version)).document)
+
+
+@lru_cache(maxsize=1024)
+def _policy(document: bytes) -> tuple[Policy, str]:
+    """(the policy, its digest): every request asks for those of the same few documents."""
+    policy = Policy.from_json(document)
+    return policy, policy.digest()
+
+
+@lru_cache(maxsize=1024)
+def _schema(stored: str) -> tuple[Schema, str]:
+    schema = Schema.from_json(stored)
+    return schema, schema.digest()
 
 
 def _visible(caller: Caller, dataset: Dataset, policy: Policy) -> bool:
@@ -51,7 +73,7 @@ def _visible(caller: Caller, dataset: Dataset, policy: Policy) -> bool:
 
 def _load(session: Session, ref: SplitRef, caller: Caller) -> Source:
     row = session.get(Dataset, ref.dataset)
-    policy = load_policy(session, row) if row is not None else None
+    policy, policy_digest = _in_force(session, row) if row is not None else (None, "")
     if row is None or policy is None or not _visible(caller, row, policy):
         raise NotFoundError(
             f"There is no dataset {ref.dataset!r} for you here.",
@@ -59,7 +81,7 @@ def _load(session: Session, ref: SplitRef, caller: Caller) -> Source:
             next_step="cloister.datasets() lists those that you may use.",
         )
     version = session.get_one(DatasetVersion, (row.name, row.version))
-    schema = Schema.from_json(version.schema_json)
+    schema, schema_digest = _schema(version.schema_json)
     if ref.division is not None and ref.division not in schema.parts:
         raise InvalidRequestError(
             f"{row.name} has no part {ref.division!r}.",
@@ -68,7 +90,7 @@ def _load(session: Session, ref: SplitRef, caller: Caller) -> Source:
             if schema.parts
             else "Ask about the whole. Nothing was charged.",
         )
-    return Source(ref, row, version, policy, schema)
+    return Source(ref, row, version, policy, policy_digest, schema, schema_digest)
 
 
 def load_sources(session: Session, caller: Caller, refs: tuple[SplitRef, ...]) -> tuple[Source, ...]:

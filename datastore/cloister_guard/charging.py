@@ -115,12 +115,13 @@ class Charging:
         """
         self._require(sources)
         hold_policies(session, tuple(sources), caller.user)
+        request = plan.digest()
         reserved = self.ledger.reserve(
             session,
             Reservation(
                 user=caller.user,
                 request_id=request_id,
-                request_digest=plan.digest(),
+                request_digest=request,
                 kind=kind,
                 operation=operation,
                 sandbox=caller.sandbox,
@@ -133,7 +134,7 @@ class Charging:
             ),
         )
         if reserved.fresh:
-            self.journal.append(session, self._entry(session, caller, sources, cost, reserved, plan, operation))
+            self.journal.append(session, self._entry(session, caller, sources, cost, reserved, request, operation))
         return reserved
 
     def _require(self, sources: Sequence[Source]) -> None:
@@ -150,7 +151,7 @@ class Charging:
         sources: Sequence[Source],
         cost: Price,
         reserved: Reserved,
-        plan: Wire,
+        request: str,
         operation: Operation,
     ) -> ChargeReserved:
         def ref(kind: NameKind, name: str) -> str:
@@ -176,15 +177,15 @@ class Charging:
             charge=reserved.charge_id,
             user=ref("user", caller.user),
             operation=operation,
-            request=plan.digest(),
+            request=request,
             sandbox=caller.sandbox,
             sources=tuple(
                 ChargedSource(
                     dataset=ref("dataset", source.row.name),
                     version=source.version.version,
-                    data_schema=source.data_schema.digest(),
+                    data_schema=source.schema_digest,
                     policy_version=source.policy.version,
-                    policy=source.policy.digest(),
+                    policy=source.policy_digest,
                     part=part(source),
                 )
                 for source in sources

@@ -73,8 +73,8 @@ class House:
         def read(level: int, place: int) -> bytes:
             return bytes(known[((place + 1) << level) - 1][32 * level : 32 * (level + 1)])
 
-        gained = merkle.append(index, merkle.leaf_hash(payload.encode()), read)
-        hashes = b"".join(found for _, _, found in gained)
+        tree = merkle.Growing(index, [read(level, place) for level, place in reversed(merkle.edge(index))])
+        hashes = b"".join(tree.add(merkle.leaf_hash(payload.encode())))
         self.sql(
             'INSERT INTO leaves ("index", kind, at, payload, hashes) VALUES (?, ?, ?, ?, ?)',
             index, facts["kind"], at, payload.encode(), hashes,

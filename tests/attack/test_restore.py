@@ -13,8 +13,8 @@ from cloister_data.errors import StorageError
 from cloister_data.terms import Gap
 from cloister_guard.restore import Copy, put_back, settle
 from tests.fakes.audited import begin, reserved_leaf
-from tests.fakes.ledgers import POPULATION, request_id, reservation, training
-from tests.fakes.small_guard import ACCOUNTS, LIMITS, Hands, SmallGuard
+from tests.fakes.ledgers import request_id, reservation, training
+from tests.fakes.small_guard import ACCOUNTS, PUBLISHED, Hands, SmallGuard
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def train(guard: SmallGuard, marked: int) -> str:
     wanted = reservation(ACCOUNTS, training(), request=request_id(), epsilon=5.0)
     with guard.database.write() as s:
         reserved = guard.ledger.reserve(s, wanted)
-        leaf = reserved_leaf(s, guard.journal, POPULATION, LIMITS, wanted, reserved)
+        leaf = reserved_leaf(s, guard.journal, PUBLISHED, wanted, reserved)
         guard.journal.append(s, leaf.model_copy(update={"operation": "train", "steps": 100}))
     with guard.database.write() as s:
         guard.ledger.mark(s, reserved.charge_id, marked)

@@ -44,7 +44,7 @@ from cloister_budget.orders import freeze
 from cloister_data.checkpoint import Checkpoint, sign_checkpoint
 from cloister_data.mechanism import DiscreteLaplace, DpSgd, Mechanism
 from cloister_data.policy import Limit
-from cloister_data.release import Receipt, ReceiptContent
+from cloister_data.release import Receipt, ReceiptContent, SourceVersion
 from tests.benchmarks.figures import Figure, arguments, seconds, show, spread
 from tests.benchmarks.ledger import KINDS, Clients
 from tests.fakes.postgres import running_postgres
@@ -144,10 +144,13 @@ class Log:
 
     def receipt(self, size: int) -> ReceiptFile:
         """A receipt whose entry is the last of a log of `size` entries."""
+        source = SourceVersion(
+            dataset="hosp/people", version=1, policy_version=1, population="hosp/people", division=None
+        )
         content = ReceiptContent(
-            release="0" * 32, charge="1" * 32, user="ann", request=digest("q"), sources=(), adjacency="zero-out",
+            release="0" * 32, charge="1" * 32, user="ann", request=digest("q"), sources=(source,), adjacency="zero-out",
             mechanism=STATISTICS[0], epsilon=0.1, delta=1e-6, evidence=self.record.evidence.digest(), simulated=True,
-            issued=self.began + 60,
+            issued=self.began + 60, witnesses=(),
         )  # fmt: skip
         released = Released(release="0" * 32, charge="1" * 32, receipt=content.digest(), steps=None)
         payload = LeafBody(index=size - 1, at=self.began, facts=released).canonical()
@@ -164,7 +167,7 @@ class Log:
         note = sign_checkpoint(Checkpoint(ORIGIN, size, root), self.key)
         receipt = Receipt(
             **dict(content), leaf=size - 1, entry=payload, inclusion=inclusion, checkpoint=note,
-            log_key=self.record.evidence.log_key, witnesses=(), witnessed=(), rollback="not prevented",
+            log_key=self.record.evidence.log_key, witnessed=(), rollback="not prevented",
         )  # fmt: skip
         return ReceiptFile(receipt=receipt, evidence=self.record)
 

@@ -18,7 +18,7 @@ from cloister_budget.tables import ChargeAccount, ChargeRow, Leaf
 TABLES = {"charge": ChargeRow, "part": ChargeAccount, "leaf": Leaf}
 LOCK = "SELECT spent, reserved FROM accounts WHERE id IN (?, ?) ORDER BY id"
 UPDATE = "UPDATE accounts SET spent = ?, reserved = ? WHERE id = ?"
-HEAD = "UPDATE log_heads SET size = ?, signature = ? WHERE id = 1"
+HEAD = "UPDATE log_heads SET size = ?, signature = ? WHERE id = 2"
 SETTLE = "UPDATE charges SET state = 'committed', settled = ? WHERE id = ?"
 
 
@@ -40,7 +40,8 @@ class BareDatabase:
             )
             self._insert[name] = f"INSERT INTO {into} ({quoted}) VALUES ({', '.join('?' * len(columns))})"
         self._head = first.execute("SELECT size, signature FROM log_heads WHERE id = 1").fetchone()
-        # Ascending like the ledger's own leaves, and out of their way.
+        # Leaves that ascend like the ledger's own and a head like its own, both out of their way.
+        first.execute("INSERT INTO log_heads SELECT 2, size, signature FROM log_heads WHERE id = 1")
         self._leaves = itertools.count(-(10**12))
         if not sqlite:
             first.commit()

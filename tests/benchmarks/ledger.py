@@ -66,12 +66,11 @@ class Clients:
         self.database = database
         users = {f"user{number}": 500.0 for number in range(count)}
         self.ledger: Ledger = ready(database, 500.0, **users)
-        self._policy = policy(500.0, **users)
         self._statistic = laplace("0.0001")
         self._log = AuditLog(Ed25519PrivateKey.from_private_bytes(bytes(32)), "benchmark/log", time.time)
         self._journal: Journal | None = Journal(self._log, believe)
         with database.write() as s:
-            publish(s, self._journal, POPULATION, self._policy)
+            self._published = publish(s, self._journal, POPULATION, policy(500.0, **users))
 
     def restart(self) -> None:
         """As a guard that starts anew over a log that was filled by copying: without the books, which it breaks.
@@ -93,7 +92,7 @@ class Clients:
             if self._journal is None:
                 self._log.append(s, "charge-reserved", {"charge": reserved.charge_id, "request": wanted.request_digest})
             else:
-                leaf = reserved_leaf(s, self._journal, POPULATION, self._policy, wanted, reserved)
+                leaf = reserved_leaf(s, self._journal, self._published, wanted, reserved)
                 self._journal.append(s, leaf)
         settled = ChargeSettled(charge=reserved.charge_id, state="committed", steps=None)
         with self.database.write() as s:

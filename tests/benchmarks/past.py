@@ -60,6 +60,7 @@ def _grow_log(s: Session, count: str, leaves: int) -> None:
         )
         newest = hashes[-merkle.HASH_BYTES :]
         hashes, level = hashes + merkle.node_hash(newest, newest), level + 1
+    s.execute(text("UPDATE log_heads SET size = :size"), {"size": leaves})
     if size(s) != s.query(Leaf).count():
         raise RuntimeError("the log wasn't filled")
 

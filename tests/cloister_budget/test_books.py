@@ -225,9 +225,8 @@ def test_a_growing_tree_has_the_root_of_the_stored_one(leaves: int) -> None:
     growing, stored = merkle.Growing(), dict[tuple[int, int], bytes]()
     for number in range(leaves):
         hashed = merkle.leaf_hash(str(number).encode())
-        growing.add(hashed)
-        for level, place, found in merkle.append(number, hashed, lambda level, place: stored[level, place]):
-            stored[level, place] = found
+        for level, found in enumerate(growing.add(hashed)):
+            stored[level, number >> level] = found
     assert growing.root() == merkle.root(leaves, lambda level, place: stored[level, place])
 
 

@@ -116,13 +116,12 @@ def check_account(account: Account, charges: list[tuple[ChargeRow, Vector]]) -> 
 
 def check_log(leaves: list[Leaf]) -> bytes:
     """The root, once each row holds the hashes that its leaf finishes."""
-    nodes: dict[tuple[int, int], bytes] = {}
+    tree = merkle.Growing()
     for index, leaf in enumerate(leaves):
         assert leaf.index == index
-        gained = merkle.append(index, merkle.leaf_hash(leaf.payload), lambda a, b: nodes[a, b])
-        assert leaf.hashes == b"".join(found for _, _, found in gained), "the log's tree isn't the one of its leaves"
-        nodes.update({(level, place): found for level, place, found in gained})
-    return merkle.root(len(leaves), lambda a, b: nodes[a, b])
+        hashes = b"".join(tree.add(merkle.leaf_hash(leaf.payload)))
+        assert leaf.hashes == hashes, "the log's tree isn't the one of its leaves"
+    return tree.root()
 
 
 def kill(new_url: Callable[[], str], kills: int) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from sqlalchemy import event, text
 from sqlalchemy.orm import Session
 
 from cloister_budget import merkle
 from cloister_budget.database import Database, open_database
-from cloister_budget.log import AuditLog, reader, size
+from cloister_budget.log import AuditLog, LogMovedOn, reader, size
 from cloister_budget.tables import Leaf
 from cloister_data.checkpoint import Checkpoint, verify_checkpoint
 from cloister_data.errors import StorageError
@@ -129,6 +130,62 @@ def test_a_changed_subtree_is_noticed(database: Database) -> None:
         row.hashes = bytes(96)
     with pytest.raises(StorageError, match="isn't the one"), database.write() as s:
         log.append(s, "charge", {})
+
+
+@pytest.mark.parametrize("change", ["size = size - 1", "size = size + 1", "signature = :old"])
+def test_a_head_that_is_not_its_last_leafs_is_noticed(database: Database, change: str) -> None:
+    log = new_log()
+    for number in range(3):
+        with database.write() as s:
+            log.append(s, "charge", {"n": number})
+    with database.write() as s:
+        s.execute(text(f"UPDATE log_heads SET {change}"), {"old": bytes(64)} if ":old" in change else {})
+    with pytest.raises(StorageError, match="isn't the one"), database.write() as s:
+        log.append(s, "charge", {})
+
+
+def test_an_entry_after_the_last_one_is_noticed(database: Database) -> None:
+    log = new_log()
+    with database.write() as s:
+        log.append(s, "charge", {})
+    with database.write() as s:
+        s.add(Leaf(index=1, kind="forged", at=0, payload=b"{}", hashes=merkle.leaf_hash(b"{}")))
+    with pytest.raises(StorageError, match="isn't the one"), database.write() as s:
+        log.append(s, "charge", {})
+
+
+def test_two_logs_in_turn_go_on_from_each_other_and_a_rollback_changes_nothing(database: Database) -> None:
+    logs = [new_log(), new_log()]
+
+    def fail() -> None:
+        with database.write() as s:
+            logs[0].append(s, "lost", {})
+            raise RuntimeError
+
+    for count in range(6):
+        with pytest.raises(RuntimeError):
+            fail()
+        with database.write() as s:
+            assert logs[count % 2].append(s, "kept", {"n": count}) == count
+    with database.write() as s:
+        tree = logs[0].end(s).copy()
+    with database.write() as s:
+        with pytest.raises(LogMovedOn):
+            logs[0].add(s, "kept", {}, merkle.Growing(5, tree.edge))
+        with pytest.raises(StorageError):
+            logs[0].add(s, "kept", {}, merkle.Growing(6, [bytes(32), *tree.edge[1:]]))
+        assert logs[0].add(s, "kept", {}, tree).index == 6
+
+
+def test_an_append_is_one_statement_or_two_where_the_database_takes_no_more(database: Database) -> None:
+    log, ran = new_log(), list[str]()
+    with database.write() as s:
+        log.append(s, "first", {})
+    event.listen(database.engine, "before_cursor_execute", lambda *told: ran.append(told[2]))
+    with database.write() as s:
+        before = len(ran)
+        log.append(s, "second", {})
+        assert len(ran) - before == (2 if database.is_sqlite else 1)
 
 
 def test_a_lacking_hash_is_an_error_not_another_root(database: Database) -> None:

@@ -34,14 +34,16 @@ class Tree:
     def __init__(self, leaves: int, salt: bytes = b"") -> None:
         self.nodes: dict[tuple[int, int], bytes] = {}
         self.hashes: list[bytes] = []
+        self.growing = merkle.Growing()
         for index in range(leaves):
             self.add(salt + str(index).encode())
 
     def add(self, payload: bytes) -> None:
         hashed = merkle.leaf_hash(payload)
-        for level, index, found in merkle.append(len(self.hashes), hashed, self.read):
-            assert (level, index) not in self.nodes
-            self.nodes[level, index] = found
+        for level, found in enumerate(self.growing.add(hashed)):
+            place = level, len(self.hashes) >> level
+            assert place not in self.nodes
+            self.nodes[place] = found
         self.hashes.append(hashed)
 
     def read(self, level: int, index: int) -> bytes:

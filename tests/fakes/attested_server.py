@@ -45,11 +45,11 @@ class FakeLog:
         return self.key.public_key().public_bytes_raw()
 
     def _hashes(self) -> merkle.Read:
-        stored: dict[tuple[int, int], bytes] = {}
+        tree, stored = merkle.Growing(), dict[tuple[int, int], bytes]()
         for index in range(self.size):
             leaf = merkle.leaf_hash(self.seed + str(index).encode())
-            for level, place, found in merkle.append(index, leaf, lambda level, place: stored[level, place]):
-                stored[level, place] = found
+            for level, found in enumerate(tree.add(leaf)):
+                stored[level, index >> level] = found
         return lambda level, place: stored[level, place]
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from sqlalchemy.orm import Session
 
 from cloister_budget.entries import (
@@ -27,6 +29,15 @@ SOME = "0" * 64
 """A digest that nobody looks at."""
 
 
+@dataclass(frozen=True)
+class Published:
+    """`policy` is the digest of the one in force, which a guard keeps."""
+
+    population: str
+    dataset: str
+    policy: str
+
+
 def begin(s: Session, journal: Journal) -> None:
     """The leaf of a guard's start."""
     start = GuardStarted(
@@ -40,7 +51,7 @@ def believe(s: Session, start: Start) -> None:
     """Vouches for every start: for tests of what doesn't depend on the machine."""
 
 
-def publish(s: Session, journal: Journal, population: str, policy: Policy) -> None:
+def publish(s: Session, journal: Journal, population: str, policy: Policy) -> Published:
     """A start, and a dataset whose limits are in force in the ledger already."""
     row = s.get_one(Population, population)
     dataset, people = journal.ref(s, "dataset", policy.dataset), journal.ref(s, "population", population)
@@ -65,19 +76,20 @@ def publish(s: Session, journal: Journal, population: str, policy: Policy) -> No
         journal.append(s, entry)
     for piece in pieces:
         journal.append(s, LimitsSet(dataset=dataset, version=1, limits=piece))
+    return Published(population, policy.dataset, policy.digest())
 
 
 def reserved_leaf(
-    s: Session, journal: Journal, population: str, policy: Policy, wanted: Reservation, reserved: Reserved
+    s: Session, journal: Journal, published: Published, wanted: Reservation, reserved: Reserved
 ) -> ChargeReserved:
     """The leaf of a statistic that the ledger has just reserved."""
     source = ChargedSource(
-        dataset=journal.ref(s, "dataset", policy.dataset), version=1, data_schema=SOME, policy_version=1,
-        policy=policy.digest(), part=None,
+        dataset=journal.ref(s, "dataset", published.dataset), version=1, data_schema=SOME, policy_version=1,
+        policy=published.policy, part=None,
     )  # fmt: skip
     accounts = tuple(journal.ref(s, "account", account) for account in reserved.losses)
     loss = PopulationLoss(
-        population=journal.ref(s, "population", population),
+        population=journal.ref(s, "population", published.population),
         loss=next(iter(reserved.losses.values())),
         accounts=accounts,
     )

@@ -20,12 +20,13 @@ from cloister_budget.ledger import Ledger
 from cloister_budget.log import AuditLog, reader
 from cloister_budget.tables import Base, Leaf, LogHead, ReleaseRow
 from cloister_data.checkpoint import Checkpoint, verify_checkpoint
-from tests.fakes.audited import begin, believe, publish, reserved_leaf
+from tests.fakes.audited import Published, begin, believe, publish, reserved_leaf
 from tests.fakes.ledgers import POPULATION, HandClock, laplace, policy, request_id, reservation
 
 ORIGIN = "cloister/small"
 ACCOUNTS = (POPULATION, f"{POPULATION}:alice")
 LIMITS = policy(50.0, alice=50.0)
+PUBLISHED = Published(POPULATION, LIMITS.dataset, LIMITS.digest())
 
 
 class SmallGuard:
@@ -64,7 +65,7 @@ class SmallGuard:
         with self.database.write() as s:
             reserved = self.ledger.reserve(s, wanted)
             if reserved.fresh:
-                self.journal.append(s, reserved_leaf(s, self.journal, POPULATION, LIMITS, wanted, reserved))
+                self.journal.append(s, reserved_leaf(s, self.journal, PUBLISHED, wanted, reserved))
         return reserved.charge_id
 
     def release(self, charge: str) -> str:
@@ -156,12 +157,10 @@ class Hands:
 
 def with_tree(rows: Sequence[Row]) -> list[Row]:
     """The rows with the hashes of a true tree over them."""
-    known: dict[tuple[int, int], bytes] = {}
+    tree = merkle.Growing()
     made = []
-    for index, row in enumerate(rows):
-        gained = merkle.append(index, merkle.leaf_hash(row.payload), lambda level, place: known[level, place])
-        known.update({(level, place): found for level, place, found in gained})
-        made.append(replace(row, hashes=b"".join(found for _, _, found in gained)))
+    for row in rows:
+        made.append(replace(row, hashes=b"".join(tree.add(merkle.leaf_hash(row.payload)))))
     return made
 
 
