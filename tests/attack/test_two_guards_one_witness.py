@@ -80,9 +80,9 @@ def test_two_guards_on_one_database_are_served_by_one_witness() -> None:
         extra = f'{LEASE}database = "{fresh()}"\n'
         with running_cloister(extra) as first:
             furnish(first)
-            # The data lie where both can read them.
+            # The data lie where both can read them, and both are simulated machines of the same maker.
             shared = Path(tempfile.mkdtemp(prefix="clo-data-"))
-            for name in ("data", "master.key"):
+            for name in ("data", "master.key", "simulated-root.pem"):
                 source = first.state / name
                 shutil.copytree(source, shared / name) if source.is_dir() else shutil.copy(source, shared / name)
             with another_guard(first, extra, shared) as second:
