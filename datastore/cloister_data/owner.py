@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Protocol, TypeVar
+
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import ValidationError
 
+from cloister_data.base import Wire
 from cloister_data.errors import PolicyRefusedError
 from cloister_data.policy import POLICY_LABEL, Policy, SignedPolicy
 from cloister_data.populations import POPULATION_LABEL, PopulationStatement, SignedStatement
 from cloister_data.terms import GAP_LABEL, TERMS_LABEL, GapStatement, OwnerTerms, SignedGap, SignedTerms
+
+W = TypeVar("W", bound=Wire)
 
 
 def public_bytes(key: Ed25519PrivateKey) -> bytes:
@@ -25,16 +30,7 @@ def sign_policy(policy: Policy, key: Ed25519PrivateKey) -> SignedPolicy:
 
 def verify_policy(signed: SignedPolicy, owner_key: bytes) -> Policy:
     """The policy, once its signature by `owner_key` (32 bytes) holds. Raises PolicyRefusedError."""
-    if not _holds(owner_key, signed.signature, POLICY_LABEL + signed.document):
-        raise PolicyRefusedError(
-            "The policy isn't signed by the dataset's owner.",
-            why="Its signature doesn't verify under the key that was pinned at the first upload.",
-            next_step="Sign it with the key that uploaded the dataset: cloister policy set.",
-        )
-    try:
-        return signed.policy()
-    except ValidationError as error:
-        raise PolicyRefusedError("The signed policy can't be read.", why=str(error.errors()[0]["msg"])) from error
+    return _verified(signed, owner_key, POLICY_LABEL, Policy, "policy", "cloister policy set")
 
 
 def sign_statement(statement: PopulationStatement, key: Ed25519PrivateKey) -> SignedStatement:
@@ -44,16 +40,8 @@ def sign_statement(statement: PopulationStatement, key: Ed25519PrivateKey) -> Si
 
 def verify_statement(signed: SignedStatement, owner_key: bytes) -> PopulationStatement:
     """The statement, once its signature by `owner_key` (32 bytes) holds. Raises PolicyRefusedError."""
-    if not _holds(owner_key, signed.signature, POPULATION_LABEL + signed.document):
-        raise PolicyRefusedError(
-            "The statement about the population isn't signed by the owner.",
-            why="Its signature doesn't verify under the key that was pinned at the first upload.",
-            next_step="Sign it with that key: cloister dataset upload --other-people.",
-        )
-    try:
-        return PopulationStatement.from_json(signed.document)
-    except ValidationError as error:
-        raise PolicyRefusedError("The signed statement can't be read.", why=str(error.errors()[0]["msg"])) from error
+    what, command = "statement about the population", "cloister dataset upload --other-people"
+    return _verified(signed, owner_key, POPULATION_LABEL, PopulationStatement, what, command)
 
 
 def sign_terms(terms: OwnerTerms, key: Ed25519PrivateKey) -> SignedTerms:
@@ -63,16 +51,7 @@ def sign_terms(terms: OwnerTerms, key: Ed25519PrivateKey) -> SignedTerms:
 
 def verify_terms(signed: SignedTerms, owner_key: bytes) -> OwnerTerms:
     """The terms, once their signature by `owner_key` (32 bytes) holds. Raises PolicyRefusedError."""
-    if not _holds(owner_key, signed.signature, TERMS_LABEL + signed.document):
-        raise PolicyRefusedError(
-            "The terms aren't signed by the owner.",
-            why="Their signature doesn't verify under the owner's key.",
-            next_step="Sign them with the key that speaks for this owner: cloister owner init.",
-        )
-    try:
-        return OwnerTerms.from_json(signed.document)
-    except ValidationError as error:
-        raise PolicyRefusedError("The signed terms can't be read.", why=str(error.errors()[0]["msg"])) from error
+    return _verified(signed, owner_key, TERMS_LABEL, OwnerTerms, "document of the terms", "cloister owner init")
 
 
 def sign_gap(statement: GapStatement, key: Ed25519PrivateKey) -> SignedGap:
@@ -82,21 +61,26 @@ def sign_gap(statement: GapStatement, key: Ed25519PrivateKey) -> SignedGap:
 
 def verify_gap(signed: SignedGap, owner_key: bytes) -> GapStatement:
     """The statement, once its signature by `owner_key` (32 bytes) holds. Raises PolicyRefusedError."""
-    if not _holds(owner_key, signed.signature, GAP_LABEL + signed.document):
+    return _verified(signed, owner_key, GAP_LABEL, GapStatement, "acceptance of the restore", "cloister owner accept")
+
+
+class _Signed(Protocol):
+    @property
+    def document(self) -> bytes: ...
+    @property
+    def signature(self) -> bytes: ...
+
+
+def _verified(signed: _Signed, owner_key: bytes, label: bytes, kind: type[W], what: str, command: str) -> W:
+    try:
+        Ed25519PublicKey.from_public_bytes(owner_key).verify(signed.signature, label + signed.document)
+    except (InvalidSignature, ValueError) as error:
         raise PolicyRefusedError(
-            "The acceptance of the restore isn't signed by the owner.",
-            why="Its signature doesn't verify under the owner's pinned key.",
-            next_step="Sign it with that key: cloister owner accept.",
-        )
+            f"The {what} isn't signed by the owner.",
+            why="Its signature doesn't verify under the owner's key, which was pinned when the cloister first saw it.",
+            next_step=f"Sign it with that key: {command}.",
+        ) from error
     try:
-        return GapStatement.from_json(signed.document)
+        return kind.from_json(signed.document)
     except ValidationError as error:
-        raise PolicyRefusedError("The signed acceptance can't be read.", why=str(error.errors()[0]["msg"])) from error
-
-
-def _holds(public_key: bytes, signature: bytes, message: bytes) -> bool:
-    try:
-        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, message)
-    except (InvalidSignature, ValueError):
-        return False
-    return True
+        raise PolicyRefusedError(f"The signed {what} can't be read.", why=str(error.errors()[0]["msg"])) from error

@@ -6,6 +6,7 @@ A key is forgotten when its lease ends. Usable from several threads; waiting hap
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -69,8 +70,10 @@ class Leases:
                 fresh = replace(fresh, key=key, until=self._clock() + self.seconds)
             self._held[owner] = fresh
             waiting = list(self._waiting)
+        # A loop that has ended waits for nothing.
         for loop, event in waiting:
-            loop.call_soon_threadsafe(event.set)
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(event.set)
         return key is not None and known.key is None
 
     def drop(self, owner: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 
@@ -77,8 +78,10 @@ class WitnessDesk:
         return await anyio.to_thread.run_sync(self._tell, call)
 
     def _wake(self) -> None:
+        # A loop that has ended waits for nothing.
         for loop, event in list(self._waiting):
-            loop.call_soon_threadsafe(event.set)
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(event.set)
 
     def _admit(self, signed: SignedCall) -> WitnessCall:
         """The call, once it is the owner's witness's, and is about this log; its lease is taken."""

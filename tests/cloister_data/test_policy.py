@@ -48,7 +48,7 @@ def test_no_field_has_a_default_that_admits_anything(field: str) -> None:
 
 def test_another_key_is_refused(key: Ed25519PrivateKey) -> None:
     signed = sign_policy(POLICY, Ed25519PrivateKey.generate())
-    with pytest.raises(PolicyRefusedError, match="isn't signed by the dataset's owner"):
+    with pytest.raises(PolicyRefusedError, match="isn't signed by the owner"):
         verify_policy(signed, public_bytes(key))
 
 

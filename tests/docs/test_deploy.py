@@ -11,11 +11,12 @@ import pytest
 
 from cloister_data.errors import ConfigurationError
 from cloister_guard.config import Bootstrap, GuardConfig, load_config
-from tests.fakes.documents import ROOT
+from tests.fakes.documents import ROOT, table
 
 DEPLOY = ROOT / "deploy"
 SAMPLE = DEPLOY / "cloister.toml"
 UNIT = DEPLOY / "cloister.service"
+UNITS = [UNIT, DEPLOY / "cloister-witness.service"]
 HASH = "$argon2id$v=19$m=65536,t=3,p=4$c29tZXNhbHQ$YWJjZGVmZ2hpamtsbW5vcHFyc3R1dnd4eXo"
 
 
@@ -72,6 +73,12 @@ def test_the_unit_and_the_sample_agree() -> None:
     assert unit["ExecStart"].split()[0].removesuffix("/bin/cloister") in runbook
 
 
+def test_every_unit_is_in_the_runbook() -> None:
+    rows = [row[0].strip("`") for row in table(DEPLOY / "runbook.md", "file")]
+    assert {unit.name for unit in UNITS} == {name for name in rows if name.endswith(".service")}
+    assert {path.name for path in DEPLOY.iterdir()} == {*rows, "runbook.md"}
+
+
 def verify(unit: Path) -> subprocess.CompletedProcess[str]:
     tool = shutil.which("systemd-analyze")
     if tool is None:
@@ -79,10 +86,11 @@ def verify(unit: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([tool, "verify", "--man=no", str(unit)], capture_output=True, text=True, timeout=60)
 
 
-def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def test_systemd_accepts_the_unit(tmp_path: Path, unit: Path) -> None:
     # The command isn't installed at its place here; everything else of the unit is as it is shipped.
-    here = tmp_path / "cloister.service"
-    here.write_text(UNIT.read_text("utf-8").replace("/opt/cloister/bin/cloister", "/bin/true"), "utf-8")
+    here = tmp_path / unit.name
+    here.write_text(unit.read_text("utf-8").replace("/opt/cloister/bin/cloister", "/bin/true"), "utf-8")
     answer = verify(here)
     assert (answer.returncode, answer.stdout, answer.stderr) == (0, "", "")
 

@@ -80,29 +80,41 @@ def _for_owners(context: bytes, owners: Collection[str]) -> bytes:
     return b"\n".join((context, *(owner.encode() for owner in sorted(set(owners)))))
 
 
-class LentKey:
-    """A wrapping key that an owner lends: AES-256-GCM as below, held in memory alone."""
+class WrappingKey:
+    """A key (32 bytes) in memory, for AES-256-GCM (NIST SP 800-38D) with a random 96-bit nonce.
 
-    def __init__(self, key: bytes) -> None:
+    `context` is the associated data; `next_step` says what to do where something doesn't open.
+    """
+
+    def __init__(self, key: bytes, next_step: str) -> None:
         self._aead = AESGCM(key)
+        self._next_step = next_step
 
     def wrap(self, key: bytes, context: bytes) -> bytes:
-        return _seal(self._aead, key, context)
+        nonce = secrets.token_bytes(_NONCE_BYTES)
+        return nonce + self._aead.encrypt(nonce, key, _LABEL + context)
 
     def unwrap(self, wrapped: bytes, context: bytes) -> bytes:
-        found = _open(self._aead, wrapped, context)
-        if found is None:
+        try:
+            return self._aead.decrypt(wrapped[:_NONCE_BYTES], wrapped[_NONCE_BYTES:], _LABEL + context)
+        except (InvalidTag, ValueError) as error:
             raise StorageError(
                 "A stored key can't be unwrapped.",
-                why="It was made under another owner's key or for something else, or it was altered.",
-                next_step="Let the owner serve with the key of `cloister owner init`: cloister owner serve.",
-            )
-        return found
+                why="It was made under another wrapping key or for something else, or it was altered.",
+                next_step=self._next_step,
+            ) from error
 
 
-class FileKeyProvider:
+class LentKey(WrappingKey):
+    """A wrapping key that an owner's witness lends."""
+
+    def __init__(self, key: bytes) -> None:
+        super().__init__(key, "Let the owner serve with the key of `cloister owner init`: cloister owner serve.")
+
+
+class FileKeyProvider(WrappingKey):
     """A wrapping key in a file beside the data: for the simulated platform alone, because it protects from nobody
-    who can read the disk. AES-256-GCM (NIST SP 800-38D) with a random 96-bit nonce, `context` as associated data.
+    who can read the disk.
     """
 
     def __init__(self, path: Path, *, platform: Platform) -> None:
@@ -113,32 +125,7 @@ class FileKeyProvider:
                 why="Whoever reads the disk would read the data.",
                 next_step="Use a key provider whose keys are released to the confidential VM.",
             )
-        self._aead = AESGCM(_load_or_make(path))
-
-    def wrap(self, key: bytes, context: bytes) -> bytes:
-        return _seal(self._aead, key, context)
-
-    def unwrap(self, wrapped: bytes, context: bytes) -> bytes:
-        found = _open(self._aead, wrapped, context)
-        if found is None:
-            raise StorageError(
-                "A stored key can't be unwrapped.",
-                why="It was made under another wrapping key or for something else, or it was altered.",
-                next_step="Restore the key file and the database from the same backup.",
-            )
-        return found
-
-
-def _seal(aead: AESGCM, secret: bytes, context: bytes) -> bytes:
-    nonce = secrets.token_bytes(_NONCE_BYTES)
-    return nonce + aead.encrypt(nonce, secret, _LABEL + context)
-
-
-def _open(aead: AESGCM, sealed: bytes, context: bytes) -> bytes | None:
-    try:
-        return aead.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], _LABEL + context)
-    except (InvalidTag, ValueError):
-        return None
+        super().__init__(_load_or_make(path), "Restore the key file and the database from the same backup.")
 
 
 def _load_or_make(path: Path) -> bytes:
