@@ -86,9 +86,14 @@ def verify_call(signed: SignedCall, public_key: bytes, certificate: bytes) -> Wi
     try:
         Ed25519PublicKey.from_public_bytes(public_key).verify(signed.signature, message_of(certificate, signed.call))
     except (InvalidSignature, ValueError) as error:
-        raise AuthenticationError(
-            "The witness isn't the one that the owner named.",
-            why="Its signature doesn't hold under the key in the owner's terms, or it was made for another guard.",
-            next_step="Serve with the profile that ran `cloister owner init`.",
-        ) from error
+        raise not_the_witness() from error
     return WitnessCall.from_json(signed.call)
+
+
+def not_the_witness() -> AuthenticationError:
+    """The same for a wrong signature and for an owner without a witness."""
+    return AuthenticationError(
+        "The witness isn't the one that the owner named.",
+        why="Its signature doesn't hold under the key in the owner's terms, or it was made for another guard.",
+        next_step="Serve with the profile that ran `cloister owner init`.",
+    )

@@ -26,6 +26,7 @@ from cloister_data.witness import (
     SignedCall,
     WitnessAnswer,
     WitnessCall,
+    not_the_witness,
     unlock_digest,
     verify_call,
 )
@@ -87,8 +88,9 @@ class WitnessDesk:
         """The call, once it is the owner's witness's, and is about this log; its lease is taken."""
         try:
             owner = WitnessCall.from_json(signed.call).owner
-            # An owner without a witness is answered like a wrong signature: 32 zero bytes are nobody's key.
-            key = self._owners.witness(owner) or bytes(32)
+            key = self._owners.witness(owner)
+            if key is None:
+                raise not_the_witness()
             call = verify_call(signed, key, self._certificate)
         except (ValidationError, AuthenticationError):
             self._counts.witness_call_refused()

@@ -31,7 +31,7 @@ from cloister_data.owner import public_bytes, sign_terms
 from cloister_data.release import Release, ReleaseList
 from cloister_data.statistics import QueryRequest, Question
 from cloister_data.terms import OwnerTerms, OwnerView, TermsRequest
-from cloister_data.witness import WitnessAnswer, WitnessCall, sign_call, unlock_digest
+from cloister_data.witness import SignedCall, WitnessAnswer, WitnessCall, sign_call, unlock_digest
 from tests.cloister_guard.test_jobs import make_plan, network, send_model, submit, used, wait
 from tests.fakes import witnesses
 from tests.fakes.data import PEOPLE, people
@@ -178,6 +178,13 @@ def test_nobody_else_is_the_witness(house: House) -> None:
     ):
         with pytest.raises(AuthenticationError):
             session.transport.call("POST", "/witness", signed, WitnessAnswer)
+    # Nor, for an owner without one, whoever knows a signature that holds under a key that isn't one (of small order).
+    for wait in range(10):
+        nobody = call.model_copy(update={"owner": "open", "unlock": None, "wait": wait}).to_json()
+        for point in ("01" + "00" * 31, "ec" + "ff" * 30 + "7f", "00" * 32, "00" * 31 + "80"):
+            forged = SignedCall(call=nobody, signature=bytes.fromhex(point) + bytes(32))
+            with pytest.raises(AuthenticationError):
+                session.transport.call("POST", "/witness", forged, WitnessAnswer)
     # Nor does the witness itself open anything with another key than that of the owner's terms.
     with pytest.raises(ConflictError, match="another key"):
         session.transport.call("POST", "/witness", sign_call(call, keys.signing, certificate), WitnessAnswer)
