@@ -179,8 +179,8 @@ def test_nobody_else_is_the_witness(house: House) -> None:
         with pytest.raises(AuthenticationError):
             session.transport.call("POST", "/witness", signed, WitnessAnswer)
     # Nor, for an owner without one, whoever knows a signature that holds under a key that isn't one (of small order).
-    for wait in range(10):
-        nobody = call.model_copy(update={"owner": "open", "unlock": None, "wait": wait}).to_json()
+    for seconds in range(10):
+        nobody = call.model_copy(update={"owner": "open", "unlock": None, "wait": seconds}).to_json()
         for point in ("01" + "00" * 31, "ec" + "ff" * 30 + "7f", "00" * 32, "00" * 31 + "80"):
             forged = SignedCall(call=nobody, signature=bytes.fromhex(point) + bytes(32))
             with pytest.raises(AuthenticationError):
