@@ -195,6 +195,11 @@ class Report:
     r: int
     s: int
 
+    @property
+    def chip_id_masked(self) -> bool:
+        """The host has CHIP_ID written as zeros (56860, SNP_CONFIG, MASK_CHIP_ID)."""
+        return not any(self.chip_id)
+
 
 def parse(report: bytes) -> Report:
     """Read one whole report of 1184 bytes. Raises EvidenceError for anything else."""

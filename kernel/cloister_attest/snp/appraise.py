@@ -184,9 +184,9 @@ class _Appraisal:
             ),
             "snp-platform-tio": lambda: bit(self._report.platform_info.tio_en, platform.tio_en, "TIO_EN"),
             "snp-product-admitted": lambda: validate.validate_product(self._product_named, policy),
-            "snp-chip-admitted": lambda: validate.validate_chip(self._chip, policy),
-            "snp-masked-chip": lambda: validate.validate_masked(self._chip, policy),
-            "snp-vlek": lambda: validate.validate_vlek(self._report, self._chain, policy),
+            "snp-chip-admitted": lambda: validate.validate_chip(self._report, self._chain, policy),
+            "snp-masked-chip": lambda: validate.validate_masked(self._report, policy),
+            "snp-vlek": lambda: validate.validate_vlek(self._chain, policy),
         }
 
     def _format(self) -> Outcome:
@@ -235,10 +235,10 @@ class _Appraisal:
         return passed("the signer was issued for the firmware reported")
 
     def _chip_issued(self) -> Outcome:
-        chip = self._chip
+        verify.verify_chip(self._report, self._chain)
         if self._chain.kind == "VLEK":
             return not_applicable("a cloud provider's key is issued for no chip")
-        if chip.masked:
+        if self._report.chip_id_masked:
             return passed("the signer names its chip, and the host masks it in the report")
         return passed("the signer was issued for the report's chip")
 
@@ -261,10 +261,6 @@ class _Appraisal:
     @property
     def _product_named(self) -> Product:
         return self._chain.product
-
-    @property
-    def _chip(self) -> verify.Chip:
-        return verify.verify_chip(self._report, self._chain)
 
 
 def _check(name: str, step: Callable[[], Outcome]) -> Check:

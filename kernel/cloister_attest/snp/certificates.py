@@ -80,24 +80,21 @@ def load_certificate(der: bytes | None, name: str) -> x509.Certificate:
             "ignore", message="Parsed a serial number which wasn't positive", category=CryptographyDeprecationWarning
         )
         try:
-            return x509.load_der_x509_certificate(der)
+            certificate = x509.load_der_x509_certificate(der)
+            # These parts are parsed where they are first looked at: better here than within a check.
+            _ = (certificate.subject, certificate.issuer, certificate.public_key(), certificate.extensions)
+            _ = (certificate.not_valid_before_utc, certificate.not_valid_after_utc, certificate.serial_number)
+            return certificate
         except Exception as error:
             # cryptography raises several classes for malformed certificates; each of them means the same here.
             raise EvidenceError(f"the certificate of the {name} can't be read") from error
-
-
-def extensions(certificate: x509.Certificate, name: str) -> x509.Extensions:
-    try:
-        return certificate.extensions
-    except (x509.DuplicateExtension, x509.UnsupportedGeneralNameType, ValueError) as error:
-        raise EvidenceError(f"the extensions of the {name} can't be read") from error
 
 
 def read_leaf(certificate: x509.Certificate, kind: Literal["VCEK", "VLEK"], product: Product) -> Leaf:
     """The extensions of a leaf, whose SPLs have the layout of `product`."""
     found = {
         extension.oid: extension.value.value
-        for extension in extensions(certificate, "leaf")
+        for extension in certificate.extensions
         if isinstance(extension.value, x509.UnrecognizedExtension)
     }
     tcb, reserved = bytearray(), {oid: _spl(found[oid]) for oid in RESERVED_SPL_OIDS if oid in found}
@@ -147,7 +144,7 @@ def may_issue(certificate: x509.Certificate, name: str) -> x509.KeyUsage:
     key = certificate.public_key()
     if not isinstance(key, rsa.RSAPublicKey) or key.key_size != RSA_BITS:
         raise EvidenceError(f"the {name}'s key isn't RSA of {RSA_BITS} bits")
-    found = extensions(certificate, name)
+    found = certificate.extensions
     try:
         constraints = found.get_extension_for_class(x509.BasicConstraints).value
         usage = found.get_extension_for_class(x509.KeyUsage).value

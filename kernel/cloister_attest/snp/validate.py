@@ -14,7 +14,7 @@ from cloister_attest.snp.abi import REPORT_DATA_BYTES, VMPL_HOST, Report
 from cloister_attest.snp.certificates import read_leaf
 from cloister_attest.snp.policy import Minimums, Requirement, SnpPolicy
 from cloister_attest.snp.products import Product, decode_tcb
-from cloister_attest.snp.verify import Chain, Chip
+from cloister_attest.snp.verify import Chain, verify_chip
 
 
 @dataclass(frozen=True)
@@ -144,12 +144,13 @@ def validate_product(product: Product, policy: SnpPolicy) -> Outcome:
     return passed(f"the policy allows {product} processors")
 
 
-def validate_chip(chip: Chip, policy: SnpPolicy) -> Outcome:
+def validate_chip(report: Report, chain: Chain, policy: SnpPolicy) -> Outcome:
     if policy.chips_allowed == "any" and not policy.chips_denied:
         return not_applicable("the policy names no chips")
-    if chip.chip_id is None:
+    chip_id = verify_chip(report, chain)
+    if chip_id is None:
         raise EvidenceError("neither the report nor its signer says which chip it is, and the policy names some")
-    name = chip.chip_id.hex()
+    name = chip_id.hex()
     if name in policy.chips_denied:
         raise EvidenceError(f"the policy denies the chip {name}")
     if policy.chips_allowed != "any" and name not in policy.chips_allowed:
@@ -157,23 +158,23 @@ def validate_chip(chip: Chip, policy: SnpPolicy) -> Outcome:
     return passed(f"the policy {'does not deny' if policy.chips_allowed == 'any' else 'allows'} the chip")
 
 
-def validate_masked(chip: Chip, policy: SnpPolicy) -> Outcome:
+def validate_masked(report: Report, policy: SnpPolicy) -> Outcome:
     if policy.masked_chip_id == "any":
         return not_applicable("the policy accepts reports that don't name their chip")
-    if chip.masked:
+    if report.chip_id_masked:
         raise EvidenceError("the host masks CHIP_ID, and the policy demands it")
     return passed("the report names its chip")
 
 
-def validate_vlek(report: Report, chain: Chain, policy: SnpPolicy) -> Outcome:
+def validate_vlek(chain: Chain, policy: SnpPolicy) -> Outcome:
     """A VLEK proves AMD's firmware at a cloud provider, but no chip: the policy says whose is accepted."""
-    if report.signing_key == chain.kind == "VCEK":
-        return passed("the chip's own key signed the report")
+    if chain.kind == "VCEK":
+        return passed("the report's signer is the chip's own key")
     if policy.vlek == "forbidden":
-        raise EvidenceError("a cloud provider's key signed the report, and the policy demands the chip's own")
+        raise EvidenceError("the report's signer is a cloud provider's key, and the policy demands the chip's own")
     if policy.vlek == "any":
         return not_applicable("the policy accepts any cloud provider's key in the chip's place")
     csp_id = read_leaf(chain.leaf, "VLEK", chain.product).csp_id
     if csp_id not in policy.vlek:
-        raise EvidenceError(f"the key of {csp_id} signed the report, and the policy names other providers")
-    return passed(f"the key of {csp_id} signed the report, which the policy accepts")
+        raise EvidenceError(f"the report's signer is the key of {csp_id}, and the policy names other providers")
+    return passed(f"the report's signer is the key of {csp_id}, which the policy accepts")

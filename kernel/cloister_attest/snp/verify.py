@@ -24,7 +24,6 @@ from cloister_attest.snp.abi import CHIP_ID_BYTES, Report
 from cloister_attest.snp.certificate_table import Collateral
 from cloister_attest.snp.certificates import (
     common_name,
-    extensions,
     known_critical,
     load_certificate,
     may_issue,
@@ -84,14 +83,6 @@ class RevocationList:
     next_update: datetime
 
 
-@dataclass(frozen=True)
-class Chip:
-    """The chip that made a report. `chip_id` is 64 bytes, or None where neither report nor leaf names it."""
-
-    chip_id: bytes | None
-    masked: bool
-
-
 def read_chain(collateral: Collateral) -> Chain:
     """The certificates, all three there and readable."""
     return Chain(
@@ -132,7 +123,7 @@ def verify_roles(chain: Chain) -> None:
     for certificate, name in ((chain.root, "root"), (chain.intermediate, "intermediate")):
         may_issue(certificate, name)
     leaf_key(chain)
-    found = extensions(chain.leaf, "leaf")
+    found = chain.leaf.extensions
     known_critical(found, "leaf")
     for extension in found:
         value = extension.value
@@ -179,19 +170,19 @@ def verify_signer_tcb(report: Report, chain: Chain) -> None:
         raise EvidenceError(f"the report claims the tcb {reported}, and its signer was issued for {issued}")
 
 
-def verify_chip(report: Report, chain: Chain) -> Chip:
-    """The chip, once CHIP_ID is the hardware id of a VCEK, or is zero because the host masks it (MASK_CHIP_ID).
+def verify_chip(report: Report, chain: Chain) -> bytes | None:
+    """The chip's 64 bytes, once CHIP_ID is the hardware id of a VCEK, or is zero as the host masks it (MASK_CHIP_ID).
 
-    A masked report that a VCEK signed comes from the VCEK's chip. A VLEK names no chip, and then the report alone does.
+    A masked report that a VCEK signed comes from the VCEK's chip. A VLEK names no chip: then the report alone does, and
+    the answer is None where that is masked.
     """
-    masked = not any(report.chip_id)
     hwid = read_leaf(chain.leaf, chain.kind, chain.product).hwid
     if hwid is None:
-        return Chip(None if masked else report.chip_id, masked)
+        return None if report.chip_id_masked else report.chip_id
     chip_id = hwid.ljust(CHIP_ID_BYTES, b"\0")
-    if not masked and report.chip_id != chip_id:
+    if not report.chip_id_masked and report.chip_id != chip_id:
         raise EvidenceError("the report names another chip than its signer was issued for")
-    return Chip(chip_id, masked)
+    return chip_id
 
 
 def verify_dates(chain: Chain, at: int) -> datetime:
@@ -232,7 +223,7 @@ def verify_crl(crl: bytes | None, root: x509.Certificate, at: int) -> Revocation
         revoked = frozenset(entry.serial_number for entry in found)
         critical = [extension for extension in found.extensions if extension.critical]
         critical += [extension for entry in found for extension in entry.extensions if extension.critical]
-        this_update, next_update = found.last_update_utc, found.next_update_utc
+        _, this_update, next_update = found.issuer, found.last_update_utc, found.next_update_utc
     except Exception as error:
         # cryptography raises several classes for malformed lists; each of them means the same here.
         raise EvidenceError("the revocation list can't be read") from error
