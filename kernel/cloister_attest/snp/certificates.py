@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.hashes import SHA384
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.utils import CryptographyDeprecationWarning
 from cryptography.x509.oid import NameOID, SignatureAlgorithmOID
 
@@ -171,13 +172,21 @@ def verify_signed_by(
         raise EvidenceError(f"the {name} names another issuer than the {issuer_name}")
     if signed.signature_algorithm_oid != SignatureAlgorithmOID.RSASSA_PSS:
         raise EvidenceError(f"the {name} isn't signed with RSASSA-PSS")
+    # X.690, 8.6.2: the byte before a bit string counts the bits that don't belong to it.
+    if not signed.public_bytes(Encoding.DER).endswith(b"\0" + signed.signature):
+        raise EvidenceError(f"the {name}'s signature isn't whole bytes")
     key = issuer.public_key()
     if not isinstance(key, rsa.RSAPublicKey):
         raise EvidenceError(f"the {issuer_name}'s key isn't RSA")
     tbs = signed.tbs_certificate_bytes if isinstance(signed, x509.Certificate) else signed.tbs_certlist_bytes
     try:
         key.verify(signed.signature, tbs, padding.PSS(padding.MGF1(SHA384()), SALT_BYTES), SHA384())
-    except (InvalidSignature, ValueError) as error:
+        # Once more as it says of itself, inside and outside of what is signed: the two must be the same and be true.
+        if isinstance(signed, x509.Certificate):
+            signed.verify_directly_issued_by(issuer)
+        elif not signed.is_signature_valid(key):
+            raise InvalidSignature
+    except (InvalidSignature, UnsupportedAlgorithm, ValueError, TypeError) as error:
         raise EvidenceError(f"the {name} isn't signed by the {issuer_name}") from error
 
 

@@ -223,7 +223,9 @@ def verify_crl(crl: bytes | None, root: x509.Certificate, at: int) -> Revocation
         revoked = frozenset(entry.serial_number for entry in found)
         critical = [extension for extension in found.extensions if extension.critical]
         critical += [extension for entry in found for extension in entry.extensions if extension.critical]
-        _, this_update, next_update = found.issuer, found.last_update_utc, found.next_update_utc
+        this_update, next_update = found.last_update_utc, found.next_update_utc
+        # The name is parsed where it is first looked at: better here than within a check.
+        _ = found.issuer
     except Exception as error:
         # cryptography raises several classes for malformed lists; each of them means the same here.
         raise EvidenceError("the revocation list can't be read") from error
