@@ -24,12 +24,12 @@ Mask64 = Annotated[int, Field(ge=0, lt=1 << 64)]
 
 
 class MinimumTcb(Wire):
-    """The lowest security version of each part of one product's firmware. `fmc` is a number on Turin alone."""
+    """The lowest security version of each part of one product's firmware. Only Turin has an `fmc`."""
 
     model_config = ConfigDict(strict=True)
 
     product: Product
-    fmc: Byte | None
+    fmc: Byte | Literal["absent"]
     bootloader: Byte
     tee: Byte
     snp: Byte
@@ -37,13 +37,13 @@ class MinimumTcb(Wire):
 
     @model_validator(mode="after")
     def _fmc_of_turin(self) -> Self:
-        if (self.fmc is not None) != (self.product == "Turin"):
-            raise ValueError("fmc is a number for Turin, and null for Milan and Genoa")
+        if (self.fmc != "absent") != (self.product == "Turin"):
+            raise ValueError('fmc is a number for Turin, and "absent" for Milan and Genoa')
         return self
 
     @property
     def tcb(self) -> Tcb:
-        return Tcb(self.fmc, self.bootloader, self.tee, self.snp, self.microcode)
+        return Tcb(None if self.fmc == "absent" else self.fmc, self.bootloader, self.tee, self.snp, self.microcode)
 
 
 class MinimumAbi(Wire):

@@ -107,7 +107,9 @@ def mint(recipe: Recipe) -> Minted:
 
 def strict_policy(minted: Minted, product: Product = "Genoa", **changes: Any) -> SnpPolicy:
     """A policy that looks at everything that a report of version 5 says, and accepts the default recipe."""
-    tcb = MinimumTcb(product=product, fmc=2 if product == "Turin" else None, bootloader=4, tee=1, snp=24, microcode=219)
+    tcb = MinimumTcb(
+        product=product, fmc=2 if product == "Turin" else "absent", bootloader=4, tee=1, snp=24, microcode=219
+    )
     values: dict[str, Any] = {
         "roots": (minted.root_digest,),
         "intermediates": "any",

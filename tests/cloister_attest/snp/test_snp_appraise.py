@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import threading
+import tomllib
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -147,7 +149,7 @@ def test_one_change_fails_exactly_its_check(name: str, recipe: Recipe) -> None:
     assert failed(appraised(minted, strict_policy(minted))) == {name}
 
 
-MILAN_MINIMUM = MinimumTcb(product="Milan", fmc=None, bootloader=0, tee=0, snp=0, microcode=0)
+MILAN_MINIMUM = MinimumTcb(product="Milan", fmc="absent", bootloader=0, tee=0, snp=0, microcode=0)
 
 JUDGED_OTHERWISE: list[tuple[str, dict[str, Any]]] = [
     ("snp-root", {"roots": ("0" * 64,)}),
@@ -156,7 +158,7 @@ JUDGED_OTHERWISE: list[tuple[str, dict[str, Any]]] = [
     ("snp-smt", {"smt": "forbidden"}),
     (
         "snp-minimum-tcb",
-        {"minimum_tcb": (MinimumTcb(product="Milan", fmc=None, bootloader=0, tee=0, snp=0, microcode=0),)},
+        {"minimum_tcb": (MinimumTcb(product="Milan", fmc="absent", bootloader=0, tee=0, snp=0, microcode=0),)},
     ),
     ("snp-abi", {"minimum_abi": MinimumAbi(major=3, minor=0)}),
     ("snp-product-admitted", {"products_allowed": ("Milan", "Turin")}),
@@ -337,10 +339,26 @@ def test_a_policy_of_another_form_is_refused(changes: dict[str, Any]) -> None:
         SnpPolicy.model_validate(dict(strict_policy(plain())) | changes)
 
 
-@pytest.mark.parametrize(("product", "fmc"), [("Turin", None), ("Milan", 0), ("Genoa", 0)])
-def test_a_minimum_has_the_components_of_its_product(product: Product, fmc: int | None) -> None:
+@pytest.mark.parametrize(("product", "fmc"), [("Turin", "absent"), ("Milan", 0), ("Genoa", 0)])
+def test_a_minimum_has_the_components_of_its_product(product: Product, fmc: Any) -> None:
     with pytest.raises(ValueError, match="fmc"):
         MinimumTcb(product=product, fmc=fmc, bootloader=0, tee=0, snp=0, microcode=0)
+
+
+def test_a_policy_can_be_written_as_toml() -> None:
+    policy = strict_policy(plain())
+    text = "\n".join(lines("", policy.model_dump(mode="json")))
+    assert SnpPolicy.from_json(json.dumps(tomllib.loads(text))) == policy
+
+
+def lines(key: str, value: Any) -> list[str]:
+    """`value` in TOML, with dotted keys; lists of tables as inline tables. TOML has no null."""
+    if isinstance(value, dict):
+        return [line for name, inner in value.items() for line in lines(f"{key}.{name}" if key else name, inner)]
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        tables = [", ".join(f"{name} = {json.dumps(inner)}" for name, inner in item.items()) for item in value]
+        return [f"{key} = [{', '.join('{' + table + '}' for table in tables)}]"]
+    return [f"{key} = {json.dumps(value)}"]
 
 
 def test_threads_may_appraise_at_the_same_time() -> None:
