@@ -8,7 +8,7 @@ from functools import cache
 from uuid import UUID
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloister_attest.outcome import EvidenceError
@@ -120,6 +120,7 @@ def test_every_signed_byte_counts() -> None:
                 verify.verify_signature(abi.parse(changed(minted().report, offset, value)), chain)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=1300))
 def test_any_bytes_are_read_or_refused(data: bytes) -> None:
     for parser in (abi.parse, parse_table, split_extended):
@@ -127,6 +128,7 @@ def test_any_bytes_are_read_or_refused(data: bytes) -> None:
             parser(data)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 0x49F), st.binary(min_size=1, max_size=64), st.sampled_from((2, 3, 4, 5)))
 def test_a_changed_report_is_read_or_refused(offset: int, value: bytes, version: int) -> None:
     data = changed(minted(version).report, offset, value)[:0x4A0]
@@ -151,6 +153,7 @@ def test_every_byte_of_a_certificate_and_of_a_list_counts() -> None:
                 verify.verify_crl(mutated.crl, root, AT)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 900), st.binary(min_size=1, max_size=16))
 def test_a_changed_list_is_refused(offset: int, value: bytes) -> None:
     crl, root = minted().collateral.crl, verify.read_chain(minted().collateral).root
@@ -162,6 +165,7 @@ def test_a_changed_list_is_refused(offset: int, value: bytes) -> None:
             verify.verify_crl(mutated, root, AT)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2000), st.binary(min_size=1, max_size=16))
 def test_a_changed_leaf_is_refused_somewhere(offset: int, value: bytes) -> None:
     leaf = minted().collateral.leaf
