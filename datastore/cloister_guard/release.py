@@ -20,7 +20,14 @@ from cloister_budget.entries import Released
 from cloister_budget.journal import Journal
 from cloister_budget.ledger import Ledger
 from cloister_budget.tables import ReleaseRow
-from cloister_data.errors import CloisterError, InternalError, InvalidRequestError, Problem, UnavailableError
+from cloister_data.errors import (
+    CloisterError,
+    InternalError,
+    InvalidRequestError,
+    Problem,
+    StorageError,
+    UnavailableError,
+)
 from cloister_data.mechanism import Mechanism
 from cloister_data.release import Receipt, ReceiptContent, Release, SourceVersion, Witnessed, rollback_of
 from cloister_data.statistics import Estimate
@@ -160,14 +167,20 @@ class ReleaseDesk:
             with self._database.write() as session:
                 final = self._witnessed(session, release)
                 row = session.get_one(ReleaseRow, release.release)
-                row.body = self._keys.wrap(final.to_json(), _context(row.id), row.owners)
+                row.body = self._keys.wrap(final.to_json(), _context(row.id), _owners(release))
             return final
 
         return await anyio.to_thread.run_sync(keep)
 
     def stored(self, row: ReleaseRow) -> Release:
-        """A recorded release, to be handed out by `hand_out` or `ready`. Raises UnavailableError while it is locked."""
-        return Release.from_json(self._keys.unwrap(row.body, _context(row.id), row.owners))
+        """A recorded release, to be handed out by `hand_out` or `ready`. Raises UnavailableError while it is locked.
+
+        Raises StorageError where the row says something else than the release: whose it is, and whose data it is from.
+        """
+        release = Release.from_json(self._keys.unwrap(row.body, _context(row.id), row.owners))
+        if (row.id, row.user, row.owners) != (release.release, release.receipt.user, _owners(release)):
+            raise StorageError("A recorded answer isn't what the database says of it.")
+        return release
 
     async def ready(self, row: ReleaseRow) -> Release | None:
         """A recorded release as it may leave now; None where it waits for a witness, or an owner has locked it."""
@@ -207,6 +220,11 @@ class ReleaseDesk:
             update={"witnessed": tuple(found), "rollback": rollback_of(release.receipt.sources, found)}
         )
         return release.model_copy(update={"receipt": receipt})
+
+
+def _owners(release: Release) -> tuple[str, ...]:
+    """Those of its data, for whom it is sealed: they are in it, where nobody edits them."""
+    return owners_of([source.dataset for source in release.receipt.sources])
 
 
 def _context(release: str) -> bytes:

@@ -6,6 +6,7 @@ import contextlib
 import secrets
 import shutil
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from cloister_data.errors import (
     AuthenticationError,
     ConflictError,
     PolicyRefusedError,
+    StorageError,
     UnavailableError,
 )
 from cloister_data.owner import public_bytes, sign_terms
@@ -160,6 +162,72 @@ def test_an_answer_waits_for_the_signature_and_is_paid_once(house: House, monkey
         again = house.ask(request=request)
         assert again.receipt.rollback == "prevented by witness"
         assert len([kind for kind in house.kinds() if kind == "charge-reserved"]) == charges
+
+
+def test_no_edit_makes_weights_leave_that_no_witness_has_signed_for(house: House) -> None:
+    """The rows of an earlier training, which was signed for, are made to name the weights of one that wasn't."""
+    transport = house.cloister.session("ann").transport
+    plan = make_plan(send_model(transport, network()), sources=({"dataset": DATASET, "part": "train"},), epsilon=0.5)
+    with house.witness():
+        first = wait(transport, submit(transport, plan).job)
+        given = transport.raw("GET", f"/jobs/{first.job}/result", None, limit=1 << 20)
+    # The key is lent on, and nothing new is signed for.
+    keys = keys_of(house.profile)
+    state = read_wire(keys.directory / "state.json", MirrorState)
+    assert state is not None
+    session = house.cloister.session(OWNER)
+    call = WitnessCall(owner=OWNER, size=state.size, cosignature=state.cosignature, unlock=keys.unlock, wait=0)
+    signed = sign_call(call, keys.signing, bytes.fromhex(session.certificate_digest))
+
+    done = threading.Event()
+
+    def lend() -> None:
+        while not done.wait(0.3):
+            session.transport.call("POST", "/witness", signed, WitnessAnswer)
+
+    lending = threading.Thread(target=lend)
+    lending.start()
+    path = house.cloister.state / "cloister.db"
+    change = (
+        "UPDATE releases SET (file, wrapped_key) = (SELECT file, wrapped_key FROM releases WHERE id = ?) WHERE id = ?"
+    )
+    try:
+        until(lambda: house.view().unlocked)
+        second = wait(transport, submit(transport, plan).job)
+        assert second.release is not None
+        with pytest.raises(UnavailableError, match="witness"):
+            transport.raw("GET", f"/jobs/{second.job}/result", None, limit=1 << 20)
+        with contextlib.closing(sqlite3.connect(path, timeout=30)) as database:
+            database.execute(change, (second.release, first.release))
+            database.execute("UPDATE jobs SET release = ? WHERE id = ?", (first.release, second.job))
+            database.commit()
+        for job in (first.job, second.job):
+            with pytest.raises(StorageError):
+                transport.raw("GET", f"/jobs/{job}/result", None, limit=1 << 20)
+    finally:
+        done.set()
+        lending.join()
+    # The control: by its own rows, it leaves once it is signed for.
+    with contextlib.closing(sqlite3.connect(path, timeout=30)) as database:
+        database.execute("UPDATE jobs SET release = ? WHERE id = ?", (second.release, second.job))
+        database.commit()
+    with house.witness():
+        until(lambda: house.history().withheld == 0)
+        assert transport.raw("GET", f"/jobs/{second.job}/result", None, limit=1 << 20) != given
+
+
+def test_no_edit_gives_an_answer_to_somebody_else(house: House) -> None:
+    house.cloister.add_user("bob", "scientist")
+    with house.witness():
+        release = house.ask()
+        with contextlib.closing(sqlite3.connect(house.cloister.state / "cloister.db", timeout=30)) as database:
+            database.execute('UPDATE releases SET "user" = ? WHERE id = ?', ("bob", release.release))
+            database.commit()
+            with pytest.raises(StorageError):
+                house.cloister.session("bob").transport.call("GET", f"/releases/{release.release}", None, Release)
+            database.execute('UPDATE releases SET "user" = ? WHERE id = ?', ("ann", release.release))
+            database.commit()
+        assert house.history().releases[-1] == release
 
 
 def test_nobody_else_is_the_witness(house: House) -> None:
