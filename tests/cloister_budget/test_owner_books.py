@@ -185,3 +185,13 @@ def test_a_log_that_is_read_anew_begins_with_what_was_read_before(database: Data
     found = journal.terms(ref("owner"))
     assert found is not None
     assert found.witness == WITNESS
+
+
+def test_a_small_restore_hides_no_large_one_that_waits() -> None:
+    books = published()
+    size = books.size
+    apply(books, Restored(first=1), Restored(first=size + 1))
+    gap = books.gaps[ref("owner")]
+    assert (gap.restored, gap.first, gap.end) == (size + 1, 1, size + 1)
+    apply(books, accepted(restored=size + 1), Restored(first=size + 2))
+    assert books.gaps[ref("owner")].first == size + 2
