@@ -114,6 +114,13 @@ class ReleaseDesk:
         leaf = self._journal.append(
             session, Released(release=release_id, charge=answer.charge, receipt=content.digest(), steps=steps)
         )
+        if self._owners.witnesses(owners) != content.witnesses:
+            # Terms of another guard's, which this one has only now read.
+            raise UnavailableError(
+                "An owner named another witness while this was answered.",
+                why="The one that the answer would name can't sign for it any more.",
+                next_step="Ask the owner.",
+            )
         proof = self._journal.log.prove(session, leaf.index)
         release = Release(
             release=release_id,
@@ -185,7 +192,8 @@ class ReleaseDesk:
     async def ready(self, row: ReleaseRow) -> Release | None:
         """A recorded release as it may leave now; None where it waits for a witness, or an owner has locked it."""
         try:
-            release = self.stored(row)
+            # Up to 64 MiB of them are opened for one history: not in the event loop, which everybody waits for.
+            release = await anyio.to_thread.run_sync(self.stored, row)
             owners = [each.owner for each in release.receipt.witnesses]
             if self._waits(release) and not self._leases.has_cosigned(owners, release.receipt.leaf + 1):
                 return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import secrets
 import shutil
@@ -10,20 +11,26 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+import cloister_guard.witness
 from cloister.mirror import Mirror, MirrorState
 from cloister.profile import Profile, read_wire
 from cloister.receipts import fetch
 from cloister.witness import keys_of
+from cloister_budget.database import open_database
+from cloister_budget.journal import Journal
+from cloister_budget.log import AuditLog
 from cloister_budget.receipts import ReceiptError, verify_receipt
 from cloister_data.cosignature import witness_name
 from cloister_data.datasets import DatasetList, SplitRef
 from cloister_data.errors import (
     AttestationRefusedError,
     AuthenticationError,
+    CloisterError,
     ConflictError,
     PolicyRefusedError,
     StorageError,
@@ -34,8 +41,14 @@ from cloister_data.release import Release, ReleaseList
 from cloister_data.statistics import QueryRequest, Question
 from cloister_data.terms import OwnerTerms, OwnerView, TermsRequest
 from cloister_data.witness import SignedCall, WitnessAnswer, WitnessCall, sign_call, unlock_digest
+from cloister_guard.counts import Counts
+from cloister_guard.identity import Caller
+from cloister_guard.leases import Leases
+from cloister_guard.owners import Owners
+from cloister_guard.witness import WitnessDesk
 from tests.cloister_guard.test_jobs import make_plan, network, send_model, submit, used, wait
 from tests.fakes import witnesses
+from tests.fakes.audited import begin, believe
 from tests.fakes.data import PEOPLE, people
 from tests.fakes.running import RunningCloister, make_policy, running_cloister
 from tests.fakes.witnesses import Serving, until
@@ -344,3 +357,68 @@ def _put_back(kept: Path, state: Path) -> None:
         path.unlink()
     for path in kept.iterdir():
         shutil.copy(path, state / path.name)
+
+
+class _Desk:
+    """A witness's desk on a log of its own, in this process: terms change where a test says so."""
+
+    def __init__(self, path: Path) -> None:
+        self.database = open_database(f"sqlite:///{path / 'cloister.db'}")
+        log = AuditLog(Ed25519PrivateKey.generate(), "cloister/desk")
+        self.journal = Journal(log, believe)
+        self.leases = Leases(10.0)
+        self.owners = Owners(self.database, self.journal, self.leases)
+        self.desk = WitnessDesk(self.database, self.journal, self.owners, self.leases, Counts(), bytes(32))
+        self.keys = [Ed25519PrivateKey.generate() for _ in range(3)]
+        self.unlock = b"k" * 32
+        with self.database.write() as session:
+            begin(session, self.journal)
+        self.put(1)
+
+    def put(self, version: int) -> None:
+        owner, witness = self.keys[0], self.keys[version]
+        terms = OwnerTerms(
+            origin="cloister/desk", owner=OWNER, version=version, witness=public_bytes(witness),
+            unlock=unlock_digest(self.unlock),
+        )  # fmt: skip
+        request = TermsRequest(owner_key=public_bytes(owner), terms=sign_terms(terms, owner))
+        self.owners.set_terms(Caller(OWNER, "owner"), request)
+
+    def call(self, version: int, wait: int = 0) -> SignedCall:
+        call = WitnessCall(owner=OWNER, size=0, cosignature="", unlock=self.unlock, wait=wait)
+        return sign_call(call, self.keys[version], bytes(32))
+
+
+def test_a_witness_that_is_replaced_while_it_calls_opens_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = _Desk(tmp_path)
+    verify = cloister_guard.witness.verify_call
+
+    def meanwhile(*given: Any) -> WitnessCall:
+        found = verify(*given)
+        desk.put(2)
+        return found
+
+    monkeypatch.setattr(cloister_guard.witness, "verify_call", meanwhile)
+    with pytest.raises(CloisterError):
+        asyncio.run(desk.desk.answer(desk.call(1)))
+    with pytest.raises(UnavailableError):
+        desk.leases.key(OWNER)
+    monkeypatch.setattr(cloister_guard.witness, "verify_call", verify)
+    # The control: the new one does.
+    assert asyncio.run(desk.desk.answer(desk.call(2))).lease > 0
+    desk.database.close()
+
+
+def test_one_owner_s_calls_do_not_take_up_the_guard(tmp_path: Path) -> None:
+    desk = _Desk(tmp_path)
+
+    async def flood() -> list[object]:
+        calls = [desk.desk.answer(desk.call(1, wait=1)) for _ in range(30)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    found = asyncio.run(flood())
+    assert sum(isinstance(each, UnavailableError) for each in found) >= 20
+    assert asyncio.run(desk.desk.answer(desk.call(1))).lease > 0
+    desk.database.close()
