@@ -422,3 +422,37 @@ def test_one_owner_s_calls_do_not_take_up_the_guard(tmp_path: Path) -> None:
     assert sum(isinstance(each, UnavailableError) for each in found) >= 20
     assert asyncio.run(desk.desk.answer(desk.call(1))).lease > 0
     desk.database.close()
+
+
+def test_terms_under_a_new_ref_of_the_owner_s_name_get_none_of_their_data() -> None:
+    """Who has the database and the owner's password makes the name stand for somebody new, with a witness of theirs."""
+    thief, unlock = Ed25519PrivateKey.generate(), b"t" * 32
+    with running_cloister("lease_seconds = 30.0\n") as cloister_:
+        house = House(cloister_)
+        own = house.cloister.session(OWNER).profile.owner_key()
+
+        def sql(statement: str, *values: Any) -> None:
+            with contextlib.closing(sqlite3.connect(cloister_.state / "cloister.db", timeout=30)) as database:
+                database.execute(statement, values)
+                database.commit()
+
+        assert cloister_.stop() == 0
+        sql("DELETE FROM names WHERE kind = 'user' AND name = ?", OWNER)
+        sql("DELETE FROM owners")
+        sql("UPDATE populations SET name = 'hidden/' || name")
+        cloister_.restart()
+        session = cloister_.session(OWNER)
+        terms = OwnerTerms(
+            origin="cloister/test-cloister", owner=OWNER, version=1, witness=public_bytes(thief),
+            unlock=unlock_digest(unlock),
+        )  # fmt: skip
+        request = TermsRequest(owner_key=public_bytes(thief), terms=sign_terms(terms, thief))
+        session.transport.call("PUT", "/owner", request, OwnerView)
+        sql("UPDATE populations SET name = substr(name, 8)")
+        sql("UPDATE owners SET public_key = ?", public_bytes(own))
+        call = WitnessCall(owner=OWNER, size=0, cosignature="", unlock=unlock, wait=0)
+        signed = sign_call(call, thief, bytes.fromhex(session.certificate_digest))
+        assert session.transport.call("POST", "/witness", signed, WitnessAnswer).lease > 0
+        # The owner, who knows of nothing, publishes the next version: it isn't wrapped for the thief.
+        with pytest.raises(StorageError, match="another owner"):
+            cloister_.upload(DATASET, people(600), PEOPLE, None)
