@@ -147,8 +147,11 @@ class Books:
     def _restored(self, facts: entries.Restored) -> None:
         if facts.first > self.size:
             raise _Wrong("It restores more than there was.")
-        gap = Gap(restored=self.size, first=facts.first, end=self.size)
-        self.gaps = dict.fromkeys(self.owners, gap)
+        # Whoever hasn't accepted an earlier restore yet is asked for both: a small one hides no large one.
+        first = {owner: min(facts.first, gap.first) for owner, gap in self.gaps.items()}
+        self.gaps = {
+            owner: Gap(restored=self.size, first=first.get(owner, facts.first), end=self.size) for owner in self.owners
+        }
 
     def _accepted(self, facts: entries.GapAccepted) -> None:
         gap = self.gaps.get(facts.owner)

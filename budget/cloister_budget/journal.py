@@ -51,7 +51,9 @@ class Journal:
         # The books, and a tree over the same leaves, hashed here: the stored hashes are the database's word.
         self._read = Replay()
         # The books that held last: where the database shows something else, an owner's witness isn't forgotten.
-        self._known = self._read.books
+        self._known = Books()
+        # The size and the root of what was read and held: whatever is read anew begins with it.
+        self._read_last = (0, self._read.tree.root())
         self._lock = threading.Lock()
         self._told: list[Callable[[], None]] = []
 
@@ -167,22 +169,34 @@ class Journal:
                 self._read.books.take(draft.books)
                 for leaf in draft.hashes:
                     self._read.tree.add(leaf)
+                self._known = self._read.books
         if draft.hashes:
             for told in self._told:
                 told()
 
     def _catch_up(self, s: Session, end: int, told: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Read the stored leaves from where the books end up to `end`, and see that a guard signed for all of them."""
-        if self._read.books.size >= end:
+        books = self._read.books
+        if books.size >= end:
             return
         try:
+            if books.size:
+                self._read_last = (books.size, self._read.tree.root())
+            # Entries that nobody has signed for must not show in `_known`, not for a moment.
+            self._read.books = books.draft() if books is self._known else books
             self._read_up_to(s, end, told)
             self._check_head(s)
-            self._known = self._read.books
+            size, root = self._read_last
+            if self._read.tree.size < size or self._read.roots.get(size, root) != root:
+                raise _edited("Its first entries aren't those that this guard has read before.")
         except BaseException:
             # What was read is not to be believed, or not all of it: the next one to ask reads everything anew.
-            self._read = Replay()
+            self._read = Replay({self._read_last[0]})
             raise
+        if books is self._known:
+            books.take(self._read.books)
+            self._read.books = books
+        self._known = books
 
     def _read_up_to(self, s: Session, end: int, told: Callable[[int, int], None]) -> None:
         while (start := self._read.books.size) < end:

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from cloister_budget.refs import SALT_BYTES, ref_of
 from cloister_budget.tables import Name
 from cloister_data.audit import NameKind
+from cloister_data.errors import StorageError
 
 _FRESH = "cloister_fresh_names"
 """Under this name a session knows the refs that its own transaction made."""
@@ -40,12 +41,18 @@ class Names:
         return found
 
     def known(self, s: Session, kind: NameKind, name: str) -> str | None:
-        """The ref of a name, where it has one."""
+        """The ref of a name, where it has one. Raises StorageError where the stored one isn't this name's."""
         with self._lock:
             known = self._known.get((kind, name))
         if known is not None:
             return known
-        found = s.scalar(select(Name.ref).where(Name.kind == kind, Name.name == name))
+        row = s.execute(select(Name.ref, Name.salt).where(Name.kind == kind, Name.name == name)).first()
+        found = None if row is None else row.ref
+        if row is not None and ref_of(kind, name, row.salt) != row.ref:
+            raise StorageError(
+                "The database gives a name to a ref of the audit log that stands for another one.",
+                next_step="Nothing was done. Stop the cloister, and let the admin put the table `names` back.",
+            )
         if found is not None and found not in s.info.get(_FRESH, ()):
             with self._lock:
                 self._known[kind, name] = found

@@ -39,6 +39,7 @@ from cloister_data.errors import (
     InvalidRequestError,
     NotFoundError,
     PolicyRefusedError,
+    StorageError,
 )
 from cloister_data.framing import unpack_body
 from cloister_data.owner import verify_policy, verify_statement
@@ -108,10 +109,18 @@ class Catalogue:
             with self._database.read() as session:
                 earlier = versions_about(session, declaration.population)
             check_nobody_moved(self._store, earlier, table, declaration.data_schema)
+        witness = self._owners.witness(caller.user)
         stored = self._store.write(table, dataset=declaration.dataset)
         try:
             with self._database.write() as session:
-                return self._publish(session, caller, declaration, stored, table, earlier)
+                view = self._publish(session, caller, declaration, stored, table, earlier)
+                if (witness is None) != (self._owners.witness(caller.user) is None):
+                    raise ConflictError(
+                        "A witness was named while the data were stored.",
+                        why="They lie under the machine's own key, which no witness can withhold.",
+                        next_step="Nothing was stored. Upload again.",
+                    )
+                return view
         except BaseException:
             self._store.discard(stored)
             raise
@@ -216,12 +225,17 @@ class Catalogue:
             self._put_policy(session, row, policy, declaration.policy, parts)
         if opened:
             self._log_opened(session, row, declaration)
+        population = self._journal.ref(session, "population", row.population)
+        # Its key is wrapped for whom the name says; the books must mean the same owner.
+        opened_by = self._journal.books(session).populations[population].owner
+        if opened_by != self._journal.ref(session, "user", row.owner):
+            raise StorageError("The population was opened by another owner than the database says.")
         self._journal.append(
             session,
             Uploaded(
                 dataset=self._journal.ref(session, "dataset", row.name),
                 version=row.version,
-                population=self._journal.ref(session, "population", row.population),
+                population=population,
                 data_schema=declaration.data_schema.digest(),
                 units=table.num_rows,
                 owner_key=declaration.owner_key.hex(),

@@ -243,7 +243,7 @@ class Jobs:
                 await self._charging.read(lambda session: refuse_halted(session, sources, caller.user))
                 weights = await worker.train(files, mechanism.noise_multiplier, on_mark, on_progress)
             stored = await anyio.to_thread.run_sync(
-                lambda: self._store.write_result(weights, release=job, owners=owners)
+                lambda: self._store.write_result(weights, charge=charge, owners=owners)
             )
             answer = Answer(
                 charge=charge,
@@ -405,13 +405,15 @@ class Jobs:
                     next_step="Wait for a running job with job.wait(); train again after a failed or cancelled one.",
                 )
             release = session.get_one(ReleaseRow, row.release)
-            if release.file is None or release.wrapped_key is None:
+            if release.user != caller.user or release.file is None or release.wrapped_key is None:
                 raise NotFoundError("This release has no weights.")
             return release, StoredFile(release.file, release.wrapped_key)
 
         row, stored = await self._charging.read(work)
-        await self._releases.hand_out(self._releases.stored(row))
-        return await anyio.to_thread.run_sync(lambda: self._store.read_result(stored, release=job, owners=row.owners))
+        release = await self._releases.hand_out(self._releases.stored(row))
+        # Only the weights that this very release was recorded for, whatever the rows say: others may not leave yet.
+        charge = release.receipt.charge
+        return await anyio.to_thread.run_sync(lambda: self._store.read_result(stored, charge=charge, owners=row.owners))
 
     def _own(self, session: Session, caller: Caller, job: str) -> JobRow:
         row = session.get(JobRow, job)

@@ -20,7 +20,14 @@ from cloister_budget.entries import Released
 from cloister_budget.journal import Journal
 from cloister_budget.ledger import Ledger
 from cloister_budget.tables import ReleaseRow
-from cloister_data.errors import CloisterError, InternalError, InvalidRequestError, Problem, UnavailableError
+from cloister_data.errors import (
+    CloisterError,
+    InternalError,
+    InvalidRequestError,
+    Problem,
+    StorageError,
+    UnavailableError,
+)
 from cloister_data.mechanism import Mechanism
 from cloister_data.release import Receipt, ReceiptContent, Release, SourceVersion, Witnessed, rollback_of
 from cloister_data.statistics import Estimate
@@ -107,6 +114,13 @@ class ReleaseDesk:
         leaf = self._journal.append(
             session, Released(release=release_id, charge=answer.charge, receipt=content.digest(), steps=steps)
         )
+        if self._owners.witnesses(owners) != content.witnesses:
+            # Terms of another guard's, which this one has only now read.
+            raise UnavailableError(
+                "An owner named another witness while this was answered.",
+                why="The one that the answer would name can't sign for it any more.",
+                next_step="Ask the owner.",
+            )
         proof = self._journal.log.prove(session, leaf.index)
         release = Release(
             release=release_id,
@@ -160,19 +174,26 @@ class ReleaseDesk:
             with self._database.write() as session:
                 final = self._witnessed(session, release)
                 row = session.get_one(ReleaseRow, release.release)
-                row.body = self._keys.wrap(final.to_json(), _context(row.id), row.owners)
+                row.body = self._keys.wrap(final.to_json(), _context(row.id), _owners(release))
             return final
 
         return await anyio.to_thread.run_sync(keep)
 
     def stored(self, row: ReleaseRow) -> Release:
-        """A recorded release, to be handed out by `hand_out` or `ready`. Raises UnavailableError while it is locked."""
-        return Release.from_json(self._keys.unwrap(row.body, _context(row.id), row.owners))
+        """A recorded release, to be handed out by `hand_out` or `ready`. Raises UnavailableError while it is locked.
+
+        Raises StorageError where the row says something else than the release: whose it is, and whose data it is from.
+        """
+        release = Release.from_json(self._keys.unwrap(row.body, _context(row.id), row.owners))
+        if (row.id, row.user, row.owners) != (release.release, release.receipt.user, _owners(release)):
+            raise StorageError("A recorded answer isn't what the database says of it.")
+        return release
 
     async def ready(self, row: ReleaseRow) -> Release | None:
         """A recorded release as it may leave now; None where it waits for a witness, or an owner has locked it."""
         try:
-            release = self.stored(row)
+            # Up to 64 MiB of them are opened for one history: not in the event loop, which everybody waits for.
+            release = await anyio.to_thread.run_sync(self.stored, row)
             owners = [each.owner for each in release.receipt.witnesses]
             if self._waits(release) and not self._leases.has_cosigned(owners, release.receipt.leaf + 1):
                 return None
@@ -207,6 +228,11 @@ class ReleaseDesk:
             update={"witnessed": tuple(found), "rollback": rollback_of(release.receipt.sources, found)}
         )
         return release.model_copy(update={"receipt": receipt})
+
+
+def _owners(release: Release) -> tuple[str, ...]:
+    """Those of its data, for whom it is sealed: they are in it, where nobody edits them."""
+    return owners_of([source.dataset for source in release.receipt.sources])
 
 
 def _context(release: str) -> bytes:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import threading
 import time
+from collections import Counter
 
 import anyio.to_thread
 from pydantic import ValidationError
@@ -19,7 +21,7 @@ from cloister_budget.log import size
 from cloister_budget.tables import EvidenceRow, Leaf
 from cloister_data.checkpoint import CheckpointError
 from cloister_data.cosignature import verify_cosignature, witness_name
-from cloister_data.errors import AuthenticationError, ConflictError
+from cloister_data.errors import AuthenticationError, ConflictError, UnavailableError
 from cloister_data.witness import (
     MAX_ENTRIES,
     MAX_ENTRIES_BYTES,
@@ -33,6 +35,9 @@ from cloister_data.witness import (
 from cloister_guard.counts import Counts
 from cloister_guard.leases import Leases
 from cloister_guard.owners import Owners
+
+CALLS_AT_ONCE = 4
+"""Of one owner's witness, which makes one at a time; each waiting one costs a look at the database in a second."""
 
 LOOK_SECONDS = 1.0
 """What another guard on the same database adds is noticed after so long."""
@@ -57,6 +62,8 @@ class WitnessDesk:
         self._counts = counts
         self._certificate = certificate
         self._waiting: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
+        self._serving: Counter[str] = Counter()
+        self._lock = threading.Lock()
         journal.on_growth(self._wake)
 
     async def answer(self, signed: SignedCall) -> WitnessAnswer:
@@ -64,6 +71,7 @@ class WitnessDesk:
         event = asyncio.Event()
         entry = (asyncio.get_running_loop(), event)
         self._waiting.add(entry)
+        call: WitnessCall | None = None
         try:
             call = await anyio.to_thread.run_sync(self._admit, signed)
             deadline = time.monotonic() + call.wait
@@ -74,9 +82,11 @@ class WitnessDesk:
                 except TimeoutError:
                     pass
                 event.clear()
+            return await anyio.to_thread.run_sync(self._tell, call)
         finally:
             self._waiting.discard(entry)
-        return await anyio.to_thread.run_sync(self._tell, call)
+            if call is not None:
+                self._done(call.owner)
 
     def _wake(self) -> None:
         # A loop that has ended waits for nothing.
@@ -95,20 +105,49 @@ class WitnessDesk:
         except (ValidationError, AuthenticationError):
             self._counts.witness_call_refused()
             raise
-        with self._database.write() as session:
-            self._check_log(session, call, key)
-        terms = self._owners.terms(owner)
-        if call.unlock is not None and (terms is None or unlock_digest(call.unlock) != terms.unlock):
-            raise ConflictError(
-                "The witness brought another key than that to the owner's data.",
-                why="It isn't the one that the owner's terms name, and would open nothing.",
-                next_step="Put unlock.key back from your copy of it.",
-            )
-        if self._leases.renew(owner, key, call.size, call.cosignature, call.unlock):
-            with self._database.write() as session:
-                ref = self._journal.ref(session, "user", owner)
-                self._journal.append(session, Unlocked(owner=ref, witness=key.hex(), size=call.size))
+        with self._lock:
+            if self._serving[owner] >= CALLS_AT_ONCE:
+                # One that its witness tries again after: calls whose connection broke are still waiting here.
+                raise UnavailableError(
+                    f"{CALLS_AT_ONCE} calls of this witness wait here already.", next_step="Call again in a while."
+                )
+            self._serving[owner] += 1
+        try:
+            self._take(call, key)
+        except BaseException:
+            self._done(owner)
+            raise
         return call
+
+    def _take(self, call: WitnessCall, key: bytes) -> None:
+        """Take the lease, in a transaction: while it lasts, no other terms come into force."""
+        opened = False
+        try:
+            with self._database.write() as session:
+                self._check_log(session, call, key)
+                ref = self._journal.ref(session, "user", call.owner)
+                terms = self._journal.books(session).terms.get(ref)
+                if terms is None or terms.witness != key.hex():
+                    raise not_the_witness()
+                if call.unlock is not None and unlock_digest(call.unlock) != terms.unlock:
+                    raise ConflictError(
+                        "The witness brought another key than that to the owner's data.",
+                        why="It isn't the one that the owner's terms name, and would open nothing.",
+                        next_step="Put unlock.key back from your copy of it.",
+                    )
+                opened = self._leases.renew(call.owner, key, call.size, call.cosignature, call.unlock)
+                if opened:
+                    self._journal.append(session, Unlocked(owner=ref, witness=key.hex(), size=call.size))
+        except BaseException:
+            if opened:
+                self._leases.drop(call.owner)  # Nothing is open without its entry.
+            raise
+
+    def _done(self, owner: str) -> None:
+        with self._lock:
+            self._serving[owner] -= 1
+            if not self._serving[owner]:
+                del self._serving[owner]
 
     def _check_log(self, session: Session, call: WitnessCall, key: bytes) -> None:
         entries = size(session)
@@ -133,7 +172,7 @@ class WitnessDesk:
             entries: list[bytes] = []
             evidence: list[bytes] = []
             held = 0
-            for leaf in session.scalars(wanted):
+            for leaf in session.scalars(wanted.execution_options(yield_per=100)):
                 record = _evidence_of(session, leaf)
                 held += len(leaf.payload) + len(record or b"")
                 if entries and held > MAX_ENTRIES_BYTES:

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from cloister.profile import read_wire, write_private
+from cloister_attest.evidence import EvidenceRecord
 from cloister_budget.books import BooksError
 from cloister_budget.entries import MAX_PAYLOAD_BYTES
 from cloister_budget.merkle import LogVerificationError
@@ -80,9 +81,15 @@ class Mirror:
             fresh = entries[known - start :]
             if checkpoint.size < known or (not fresh and self.state is not None and checkpoint.size < self.state.size):
                 return checkpoint
+            begun = len(self._log.starts)
             self._check(fresh, checkpoint)
+            shown = {digest: record for record in evidence if (digest := _digest(record)) is not None}
+            wanted = [start.facts.evidence for start in self._log.starts[begun:]]
+            if not shown.keys() >= set(wanted):
+                self._forget()
+                raise _forked("It lacks the evidence of a guard's start, without which nobody could restore from it.")
             if fresh or self.state is None or self.state.size != checkpoint.size:
-                self._keep(fresh, evidence, checkpoint, note)
+                self._keep(fresh, [shown[digest] for digest in wanted], checkpoint, note)
         return checkpoint
 
     def _check(self, fresh: Sequence[bytes], checkpoint: Checkpoint) -> None:
@@ -94,10 +101,13 @@ class Mirror:
             why = f"Its first {checkpoint.size} entries lead to another root than the signed one."
         except BooksError as error:
             why = f"{error.what} {error.why}"
-        # What was added is in memory alone: forget it.
+        self._forget()
+        raise _forked(why)
+
+    def _forget(self) -> None:
+        """What was added and not kept is in memory alone."""
         self._log = Replay()
         self._load()
-        raise _forked(why)
 
     def _keep(self, fresh: Sequence[bytes], evidence: Sequence[bytes], checkpoint: Checkpoint, note: str) -> None:
         """On the disk, in this order: the entries, then the state that counts them; only then anything is signed."""
@@ -106,13 +116,12 @@ class Mirror:
             origin=checkpoint.origin, size=checkpoint.size, root=checkpoint.root, note=note, cosignature=line
         )
         try:
-            _append(self._directory / "evidence.jsonl", [record for record in evidence if record])
+            _append(self._directory / "evidence.jsonl", evidence)
             _append(self._directory / "entries.jsonl", fresh)
             write_private(self._directory / "state.json", state.to_json())
             _sync(self._directory)
         except (OSError, StorageError) as error:
-            self._log = Replay()
-            self._load()
+            self._forget()
             raise StorageError(
                 "The copy of the audit log can't be written, so nothing was signed.",
                 why=f"{error}.",
@@ -137,6 +146,7 @@ class Mirror:
             if path.exists() and path.stat().st_size > end:
                 with path.open("r+b") as file:
                     file.truncate(end)
+            _cut_torn_line(self._directory / "evidence.jsonl")
         except OSError as error:
             raise ConfigurationError(f"{path} can't be read.", why=f"{error.strerror}.") from error
         except BooksError as error:
@@ -177,6 +187,21 @@ def _append(path: Path, lines: Sequence[bytes]) -> None:
             file.write(b"".join(line + b"\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
+
+
+def _cut_torn_line(path: Path) -> None:
+    """What a crash left of a line would spoil the next one."""
+    if path.exists():
+        with path.open("r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _digest(record: bytes) -> str | None:
+    """That of the evidence in a record of a guard's start; None where it isn't one, on one line."""
+    try:
+        return None if b"\n" in record else EvidenceRecord.from_json(record).evidence.digest()
+    except ValidationError:
+        return None
 
 
 def _sync(directory: Path) -> None:

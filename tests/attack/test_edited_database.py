@@ -247,3 +247,25 @@ def test_a_database_put_back_whole_is_refused_by_who_saw_more(house: House) -> N
     # The control: for whoever saw nothing before, it is a cloister like any other.
     fresh = cloister.profile.new("newcomer", house.cloister.url, house.cloister.trust, "ann")
     cloister.session.open(fresh, need_token=False).close()
+
+
+def test_a_name_that_is_given_to_another_one_s_ref_admits_nothing(house: House) -> None:
+    """An owner of their own opens a dataset with endless limits, whose refs then get the names of somebody else's."""
+    other = "thief/people"
+    house.cloister.upload(other, people(100), PEOPLE, make_policy(other, {"ann": 900.0}))
+    house.ask(0.6)
+    assert house.cloister.stop() == 0
+    house.sql("UPDATE names SET name = 'x/' || name WHERE name LIKE ?", f"{DATASET}%")
+    house.sql("UPDATE names SET name = replace(name, ?, ?) WHERE name LIKE ?", other, DATASET, f"{other}%")
+    forged = make_policy(DATASET, {"ann": 900.0})
+    house.cloister.restart()
+    thief = house.cloister.session("thief").profile.owner_key()
+    house.sql("UPDATE datasets SET owner = 'thief' WHERE name = ?", DATASET)
+    house.sql("UPDATE owners SET public_key = ?", public_bytes(thief))
+    policy = forged.model_copy(update={"version": 2})
+    with pytest.raises(StorageError, match="stands for another"):
+        house.cloister.session("thief").transport.call(
+            "PUT", f"/datasets/{DATASET}/policy", sign_policy(policy, thief), PolicyView
+        )
+    with pytest.raises(StorageError, match="stands for another"):
+        house.ask(0.1)

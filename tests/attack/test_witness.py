@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import secrets
 import shutil
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+import cloister_guard.witness
 from cloister.mirror import Mirror, MirrorState
 from cloister.profile import Profile, read_wire
 from cloister.receipts import fetch
 from cloister.witness import keys_of
+from cloister_budget.database import open_database
+from cloister_budget.journal import Journal
+from cloister_budget.log import AuditLog
 from cloister_budget.receipts import ReceiptError, verify_receipt
 from cloister_data.cosignature import witness_name
 from cloister_data.datasets import DatasetList, SplitRef
 from cloister_data.errors import (
     AttestationRefusedError,
     AuthenticationError,
+    CloisterError,
     ConflictError,
     PolicyRefusedError,
+    StorageError,
     UnavailableError,
 )
 from cloister_data.owner import public_bytes, sign_terms
@@ -32,8 +41,14 @@ from cloister_data.release import Release, ReleaseList
 from cloister_data.statistics import QueryRequest, Question
 from cloister_data.terms import OwnerTerms, OwnerView, TermsRequest
 from cloister_data.witness import SignedCall, WitnessAnswer, WitnessCall, sign_call, unlock_digest
+from cloister_guard.counts import Counts
+from cloister_guard.identity import Caller
+from cloister_guard.leases import Leases
+from cloister_guard.owners import Owners
+from cloister_guard.witness import WitnessDesk
 from tests.cloister_guard.test_jobs import make_plan, network, send_model, submit, used, wait
 from tests.fakes import witnesses
+from tests.fakes.audited import begin, believe
 from tests.fakes.data import PEOPLE, people
 from tests.fakes.running import RunningCloister, make_policy, running_cloister
 from tests.fakes.witnesses import Serving, until
@@ -162,6 +177,72 @@ def test_an_answer_waits_for_the_signature_and_is_paid_once(house: House, monkey
         assert len([kind for kind in house.kinds() if kind == "charge-reserved"]) == charges
 
 
+def test_no_edit_makes_weights_leave_that_no_witness_has_signed_for(house: House) -> None:
+    """The rows of an earlier training, which was signed for, are made to name the weights of one that wasn't."""
+    transport = house.cloister.session("ann").transport
+    plan = make_plan(send_model(transport, network()), sources=({"dataset": DATASET, "part": "train"},), epsilon=0.5)
+    with house.witness():
+        first = wait(transport, submit(transport, plan).job)
+        given = transport.raw("GET", f"/jobs/{first.job}/result", None, limit=1 << 20)
+    # The key is lent on, and nothing new is signed for.
+    keys = keys_of(house.profile)
+    state = read_wire(keys.directory / "state.json", MirrorState)
+    assert state is not None
+    session = house.cloister.session(OWNER)
+    call = WitnessCall(owner=OWNER, size=state.size, cosignature=state.cosignature, unlock=keys.unlock, wait=0)
+    signed = sign_call(call, keys.signing, bytes.fromhex(session.certificate_digest))
+
+    done = threading.Event()
+
+    def lend() -> None:
+        while not done.wait(0.3):
+            session.transport.call("POST", "/witness", signed, WitnessAnswer)
+
+    lending = threading.Thread(target=lend)
+    lending.start()
+    path = house.cloister.state / "cloister.db"
+    change = (
+        "UPDATE releases SET (file, wrapped_key) = (SELECT file, wrapped_key FROM releases WHERE id = ?) WHERE id = ?"
+    )
+    try:
+        until(lambda: house.view().unlocked)
+        second = wait(transport, submit(transport, plan).job)
+        assert second.release is not None
+        with pytest.raises(UnavailableError, match="witness"):
+            transport.raw("GET", f"/jobs/{second.job}/result", None, limit=1 << 20)
+        with contextlib.closing(sqlite3.connect(path, timeout=30)) as database:
+            database.execute(change, (second.release, first.release))
+            database.execute("UPDATE jobs SET release = ? WHERE id = ?", (first.release, second.job))
+            database.commit()
+        for job in (first.job, second.job):
+            with pytest.raises(StorageError):
+                transport.raw("GET", f"/jobs/{job}/result", None, limit=1 << 20)
+    finally:
+        done.set()
+        lending.join()
+    # The control: by its own rows, it leaves once it is signed for.
+    with contextlib.closing(sqlite3.connect(path, timeout=30)) as database:
+        database.execute("UPDATE jobs SET release = ? WHERE id = ?", (second.release, second.job))
+        database.commit()
+    with house.witness():
+        until(lambda: house.history().withheld == 0)
+        assert transport.raw("GET", f"/jobs/{second.job}/result", None, limit=1 << 20) != given
+
+
+def test_no_edit_gives_an_answer_to_somebody_else(house: House) -> None:
+    house.cloister.add_user("bob", "scientist")
+    with house.witness():
+        release = house.ask()
+        with contextlib.closing(sqlite3.connect(house.cloister.state / "cloister.db", timeout=30)) as database:
+            database.execute('UPDATE releases SET "user" = ? WHERE id = ?', ("bob", release.release))
+            database.commit()
+            with pytest.raises(StorageError):
+                house.cloister.session("bob").transport.call("GET", f"/releases/{release.release}", None, Release)
+            database.execute('UPDATE releases SET "user" = ? WHERE id = ?', ("ann", release.release))
+            database.commit()
+        assert house.history().releases[-1] == release
+
+
 def test_nobody_else_is_the_witness(house: House) -> None:
     session = house.cloister.session(OWNER)
     keys = keys_of(house.profile)
@@ -276,3 +357,102 @@ def _put_back(kept: Path, state: Path) -> None:
         path.unlink()
     for path in kept.iterdir():
         shutil.copy(path, state / path.name)
+
+
+class _Desk:
+    """A witness's desk on a log of its own, in this process: terms change where a test says so."""
+
+    def __init__(self, path: Path) -> None:
+        self.database = open_database(f"sqlite:///{path / 'cloister.db'}")
+        log = AuditLog(Ed25519PrivateKey.generate(), "cloister/desk")
+        self.journal = Journal(log, believe)
+        self.leases = Leases(10.0)
+        self.owners = Owners(self.database, self.journal, self.leases)
+        self.desk = WitnessDesk(self.database, self.journal, self.owners, self.leases, Counts(), bytes(32))
+        self.keys = [Ed25519PrivateKey.generate() for _ in range(3)]
+        self.unlock = b"k" * 32
+        with self.database.write() as session:
+            begin(session, self.journal)
+        self.put(1)
+
+    def put(self, version: int) -> None:
+        owner, witness = self.keys[0], self.keys[version]
+        terms = OwnerTerms(
+            origin="cloister/desk", owner=OWNER, version=version, witness=public_bytes(witness),
+            unlock=unlock_digest(self.unlock),
+        )  # fmt: skip
+        request = TermsRequest(owner_key=public_bytes(owner), terms=sign_terms(terms, owner))
+        self.owners.set_terms(Caller(OWNER, "owner"), request)
+
+    def call(self, version: int, wait: int = 0) -> SignedCall:
+        call = WitnessCall(owner=OWNER, size=0, cosignature="", unlock=self.unlock, wait=wait)
+        return sign_call(call, self.keys[version], bytes(32))
+
+
+def test_a_witness_that_is_replaced_while_it_calls_opens_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = _Desk(tmp_path)
+    verify = cloister_guard.witness.verify_call
+
+    def meanwhile(*given: Any) -> WitnessCall:
+        found = verify(*given)
+        desk.put(2)
+        return found
+
+    monkeypatch.setattr(cloister_guard.witness, "verify_call", meanwhile)
+    with pytest.raises(CloisterError):
+        asyncio.run(desk.desk.answer(desk.call(1)))
+    with pytest.raises(UnavailableError):
+        desk.leases.key(OWNER)
+    monkeypatch.setattr(cloister_guard.witness, "verify_call", verify)
+    # The control: the new one does.
+    assert asyncio.run(desk.desk.answer(desk.call(2))).lease > 0
+    desk.database.close()
+
+
+def test_one_owner_s_calls_do_not_take_up_the_guard(tmp_path: Path) -> None:
+    desk = _Desk(tmp_path)
+
+    async def flood() -> list[object]:
+        calls = [desk.desk.answer(desk.call(1, wait=1)) for _ in range(30)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    found = asyncio.run(flood())
+    assert sum(isinstance(each, UnavailableError) for each in found) >= 20
+    assert asyncio.run(desk.desk.answer(desk.call(1))).lease > 0
+    desk.database.close()
+
+
+def test_terms_under_a_new_ref_of_the_owner_s_name_get_none_of_their_data() -> None:
+    """Who has the database and the owner's password makes the name stand for somebody new, with a witness of theirs."""
+    thief, unlock = Ed25519PrivateKey.generate(), b"t" * 32
+    with running_cloister("lease_seconds = 30.0\n") as cloister_:
+        house = House(cloister_)
+        own = house.cloister.session(OWNER).profile.owner_key()
+
+        def sql(statement: str, *values: Any) -> None:
+            with contextlib.closing(sqlite3.connect(cloister_.state / "cloister.db", timeout=30)) as database:
+                database.execute(statement, values)
+                database.commit()
+
+        assert cloister_.stop() == 0
+        sql("DELETE FROM names WHERE kind = 'user' AND name = ?", OWNER)
+        sql("DELETE FROM owners")
+        sql("UPDATE populations SET name = 'hidden/' || name")
+        cloister_.restart()
+        session = cloister_.session(OWNER)
+        terms = OwnerTerms(
+            origin="cloister/test-cloister", owner=OWNER, version=1, witness=public_bytes(thief),
+            unlock=unlock_digest(unlock),
+        )  # fmt: skip
+        request = TermsRequest(owner_key=public_bytes(thief), terms=sign_terms(terms, thief))
+        session.transport.call("PUT", "/owner", request, OwnerView)
+        sql("UPDATE populations SET name = substr(name, 8)")
+        sql("UPDATE owners SET public_key = ?", public_bytes(own))
+        call = WitnessCall(owner=OWNER, size=0, cosignature="", unlock=unlock, wait=0)
+        signed = sign_call(call, thief, bytes.fromhex(session.certificate_digest))
+        assert session.transport.call("POST", "/witness", signed, WitnessAnswer).lease > 0
+        # The owner, who knows of nothing, publishes the next version: it isn't wrapped for the thief.
+        with pytest.raises(StorageError, match="another owner"):
+            cloister_.upload(DATASET, people(600), PEOPLE, None)

@@ -9,6 +9,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cloister.mirror import Mirror, write_bundle
+from cloister_attest.evidence import Evidence, EvidenceRecord
 from cloister_budget.entries import Entry, GuardStarted, LeafBody, Login
 from cloister_budget.merkle import Growing, LogVerificationError, leaf_hash
 from cloister_data.checkpoint import Checkpoint, CheckpointError, sign_checkpoint
@@ -20,12 +21,25 @@ LOG_KEY = LOG.public_key().public_bytes_raw()
 NAME, ORIGIN = "clinic/witness", "cloister/ward"
 
 
+EVIDENCE = EvidenceRecord(
+    evidence=Evidence(
+        platform="simulated", report=b"r", certificates=(b"c",), checkpoint="", log_key=LOG_KEY, gpu=None
+    ),
+    nonce=bytes(32),
+    certificate=b"c",
+)  # fmt: skip
+
+
 class Log:
     """What a guard shows."""
 
     def __init__(self, *users: int) -> None:
         start = GuardStarted(
-            evidence="0" * 64, platform="simulated", log_key=LOG_KEY.hex(), previous_key=None, certificate="1" * 64
+            evidence=EVIDENCE.evidence.digest(),
+            platform="simulated",
+            log_key=LOG_KEY.hex(),
+            previous_key=None,
+            certificate="1" * 64,
         )
         facts: list[Entry] = [start, *(Login(user=f"{user:064x}") for user in users)]
         self.entries = [LeafBody(index=i, at=0, facts=each).canonical() for i, each in enumerate(facts)]
@@ -39,7 +53,8 @@ class Log:
 
 def show(mirror: Mirror, log: Log, start: int, end: int | None = None, **changes: str) -> Checkpoint:
     entries = log.entries[start:end]
-    return mirror.extend(start, entries, [], log.note(end, **changes), LOG_KEY)
+    evidence = [] if start else [EVIDENCE.to_json()]
+    return mirror.extend(start, entries, evidence, log.note(end, **changes), LOG_KEY)
 
 
 def mirror_in(path: Path) -> Mirror:
@@ -144,10 +159,25 @@ def test_a_bundle_is_what_was_signed_for(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no copy"):
         write_bundle(tmp_path, tmp_path / "early")
     show(mirror_in(tmp_path), log, 0)
-    (tmp_path / "evidence.jsonl").touch()
     with (tmp_path / "entries.jsonl").open("ab") as file:
         file.write(b"more\n")
     assert write_bundle(tmp_path, tmp_path / "copy").size == 4
     assert (tmp_path / "copy" / "entries.jsonl").read_bytes().splitlines() == log.entries
     with pytest.raises(ConfigurationError, match="already"):
         write_bundle(tmp_path, tmp_path / "copy")
+
+
+def test_it_keeps_the_evidence_of_each_start_or_signs_for_nothing(tmp_path: Path) -> None:
+    """Whoever has the database edits the evidence that is kept there: a later restore would lack it."""
+    log, right = Log(1, 2), EVIDENCE.to_json()
+    other = EVIDENCE.model_copy(update={"evidence": EVIDENCE.evidence.model_copy(update={"report": b"x"})})
+    mirror = mirror_in(tmp_path)
+    for wrong in ([], [b""], [b"{}"], [other.to_json()], [right.replace(b",", b",\n", 1)]):
+        with pytest.raises(LogVerificationError, match="evidence"):
+            mirror.extend(0, log.entries, wrong, log.note(), LOG_KEY)
+    assert mirror.position() == (0, "")
+    # A crash in the midst of a line leaves nothing that spoils the next.
+    path = tmp_path / "evidence.jsonl"
+    path.write_bytes(right + b"\n" + right[:9])
+    show(mirror_in(tmp_path), log, 0)
+    assert path.read_bytes().splitlines() == [right, right]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from sqlalchemy import delete, select, update
 
 from cloister_budget.books import Books, BooksError
 from cloister_budget.database import Database
@@ -21,6 +22,7 @@ from cloister_budget.entries import (
 )
 from cloister_budget.journal import Journal
 from cloister_budget.log import AuditLog
+from cloister_budget.tables import Leaf, LogHead
 from cloister_data.errors import StorageError
 from tests.cloister_budget.test_books import (
     OWNER_KEY,
@@ -131,3 +133,65 @@ def test_a_database_that_shows_something_else_makes_nobody_forget_a_witness(data
         found = journal.terms(ref("owner"))
         assert found is not None
         assert found.witness == WITNESS
+
+
+def _journals() -> tuple[Journal, Journal]:
+    clock = HandClock()
+    one, other = (
+        Journal(AuditLog(Ed25519PrivateKey.generate(), "books.example/log", clock), believe) for _ in range(2)
+    )
+    return one, other
+
+
+def _start(journal: Journal) -> GuardStarted:
+    return GuardStarted(
+        evidence=ref("e"), platform="simulated", log_key=journal.log.public_key.hex(), previous_key=None,
+        certificate=ref("c"),
+    )  # fmt: skip
+
+
+def test_terms_that_no_guard_signed_for_are_never_in_force(database: Database) -> None:
+    journal, nobody = _journals()
+    with database.write() as s:
+        journal.append(s, _start(journal))
+        journal.append(s, terms())
+    with database.write() as s:
+        nobody.log.append(s, "owner-terms", terms(version=2, witness="c" * 64))
+    with pytest.raises(StorageError), database.read() as s:
+        journal.checkpoint(s)
+    found = journal.terms(ref("owner"))
+    assert found is not None
+    assert found.witness == WITNESS
+
+
+def test_a_log_that_is_read_anew_begins_with_what_was_read_before(database: Database) -> None:
+    """What makes a guard read anew is in the hands of whoever has the database; an older log is no log of its."""
+    journal, nobody = _journals()
+    with database.write() as s:
+        journal.append(s, _start(journal))
+    with database.read() as s:
+        (head,) = [(each.size, each.signature) for each in s.scalars(select(LogHead))]
+    with database.write() as s:
+        journal.append(s, terms())
+    with database.write() as s:
+        nobody.log.append(s, "login", Login(user=ref("ann")))
+    for _ in range(2):
+        with pytest.raises(StorageError), database.read() as s:
+            journal.checkpoint(s)
+        # The log as it was before the terms, signature and all.
+        with database.write() as s:
+            s.execute(delete(Leaf).where(Leaf.index >= 1))
+            s.execute(update(LogHead).values(size=head[0], signature=head[1]))
+    found = journal.terms(ref("owner"))
+    assert found is not None
+    assert found.witness == WITNESS
+
+
+def test_a_small_restore_hides_no_large_one_that_waits() -> None:
+    books = published()
+    size = books.size
+    apply(books, Restored(first=1), Restored(first=size + 1))
+    gap = books.gaps[ref("owner")]
+    assert (gap.restored, gap.first, gap.end) == (size + 1, 1, size + 1)
+    apply(books, accepted(restored=size + 1), Restored(first=size + 2))
+    assert books.gaps[ref("owner")].first == size + 2

@@ -27,15 +27,17 @@ from cloister_data.events import AccountEvent
 from cloister_data.framing import pack_body
 from cloister_data.graph import InputRef, ModelGraph, Node, NodeRef, ParameterRef, TensorSpec
 from cloister_data.identity import LoginRequest, NewUser
-from cloister_data.owner import public_bytes, sign_policy
+from cloister_data.owner import public_bytes, sign_policy, sign_terms
 from cloister_data.policy import Policy
 from cloister_data.schema import Schema
 from cloister_data.statistics import Estimate, QueryRequest, Question
+from cloister_data.terms import OwnerTerms, TermsRequest
 from cloister_data.training import JobView, TrainingPlan, TrainingRequest
 from cloister_guard import answers
 from cloister_guard.config import GuardConfig
 from cloister_guard.datasets.ingest import Format, read_rows
 from cloister_guard.datasets.layout import put_table
+from cloister_guard.datasets.store import StoredFile
 from cloister_guard.guard import Guard
 from cloister_guard.http.scientist import _while_signed_in
 from cloister_guard.http.servers import kernel_app, laptop_app
@@ -468,3 +470,26 @@ def test_events_end_with_the_session_that_listens(house: House) -> None:
             await after
 
     asyncio.run(scenario())
+
+
+def test_a_witness_that_is_named_while_data_are_stored_isn_t_passed_by(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They lie under the machine's key by then; the log must not say that the witness holds it."""
+    guard, key = house.guard, house.keys["hosp-b"]
+    write = guard.store.write
+
+    def meanwhile(*given: Any, **named: Any) -> StoredFile:
+        stored = write(*given, **named)
+        terms = OwnerTerms(
+            origin=guard.journal.log.origin, owner="hosp-b", version=1, witness=public_bytes(key), unlock="0" * 64
+        )
+        request = TermsRequest(owner_key=public_bytes(key), terms=sign_terms(terms, key))
+        guard.owners.set_terms(Caller("hosp-b", "owner"), request)
+        return stored
+
+    monkeypatch.setattr(guard.store, "write", meanwhile)
+    before = sorted((guard.config.state_dir / "data").iterdir())
+    with pytest.raises(ConflictError, match="witness was named"):
+        house.publish("hosp-b/people", {"ann": 5.0})
+    assert sorted((guard.config.state_dir / "data").iterdir()) == before

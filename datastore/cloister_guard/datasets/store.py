@@ -62,8 +62,8 @@ def _dataset_context(dataset: str, file: str) -> bytes:
     return f"dataset\n{dataset}\n{file}".encode()
 
 
-def _result_context(release: str, file: str) -> bytes:
-    return f"result\n{release}\n{file}".encode()
+def _result_context(charge: str, file: str) -> bytes:
+    return f"result\n{charge}\n{file}".encode()
 
 
 def _owner(name: str) -> str:
@@ -135,19 +135,19 @@ class DatasetStore:
             chosen &= self._small_values(stored, PART_SUFFIX, "u1") == place
         return int(np.count_nonzero(chosen))
 
-    def write_result(self, data: bytes, *, release: str, owners: Collection[str]) -> StoredFile:
-        """Keep bytes that were paid for, such as trained weights. `release` is the id of their job or release.
+    def write_result(self, data: bytes, *, charge: str, owners: Collection[str]) -> StoredFile:
+        """Keep bytes that were paid for, such as trained weights. `charge` is the id of what paid for them.
 
         `owners` are those of the data that they were made from. Raises UnavailableError, or StorageError.
         """
         name, key = secrets.token_hex(16), secrets.token_bytes(KEY_BYTES)
-        stored = StoredFile(name, self._keys.wrap(key, _result_context(release, name), owners))
+        stored = StoredFile(name, self._keys.wrap(key, _result_context(charge, name), owners))
         write_file(self._path(name), data, key)
         return stored
 
-    def read_result(self, stored: StoredFile, *, release: str, owners: Collection[str]) -> bytes:
+    def read_result(self, stored: StoredFile, *, charge: str, owners: Collection[str]) -> bytes:
         """The bytes again. Raises UnavailableError, or StorageError."""
-        key = self._keys.unwrap(stored.wrapped_key, _result_context(release, stored.file), owners)
+        key = self._keys.unwrap(stored.wrapped_key, _result_context(charge, stored.file), owners)
         return read_file(self._path(stored.file), key)
 
     def forget(self) -> None:

@@ -57,22 +57,22 @@ def test_no_name_leaves_the_directory(tmp_path: Path, name: str) -> None:
 
 def test_results_belong_to_their_release(tmp_path: Path) -> None:
     store = Shelf(tmp_path, rows=20).store
-    stored = store.write_result(b"weights", release="one", owners=["a"])
-    assert store.read_result(stored, release="one", owners=["a"]) == b"weights"
+    stored = store.write_result(b"weights", charge="one", owners=["a"])
+    assert store.read_result(stored, charge="one", owners=["a"]) == b"weights"
     with pytest.raises(StorageError):
-        store.read_result(stored, release="two", owners=["a"])
+        store.read_result(stored, charge="two", owners=["a"])
     store.discard(stored)
     with pytest.raises(StorageError):
-        store.read_result(stored, release="one", owners=["a"])
+        store.read_result(stored, charge="one", owners=["a"])
 
 
 def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path, rows=20)
-    orphan = shelf.store.write_result(b"weights", release="one", owners=["a"])
-    kept = shelf.store.write_result(b"weights", release="two", owners=["a"])
+    orphan = shelf.store.write_result(b"weights", charge="one", owners=["a"])
+    kept = shelf.store.write_result(b"weights", charge="two", owners=["a"])
     shelf.store.discard_all_but({shelf.version.file, kept.file})
     assert not (tmp_path / "data" / orphan.file).exists()
-    assert shelf.store.read_result(kept, release="two", owners=["a"]) == b"weights"
+    assert shelf.store.read_result(kept, charge="two", owners=["a"]) == b"weights"
     again = DatasetStore(tmp_path / "data", file_keys(tmp_path / "key"))
     assert again.public_units(shelf.version, shelf.ref()) == 20
     assert again.split_key("p") == shelf.store.split_key("p")
