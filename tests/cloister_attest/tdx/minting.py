@@ -16,7 +16,7 @@ from cryptography.x509.oid import NameOID
 from cloister_attest.tdx import abi, chain
 from cloister_attest.tdx.collateral import Collateral
 from cloister_attest.tdx.extension import SGX_EXTENSION_OID
-from cloister_attest.tdx.policy import TdxPolicy
+from cloister_attest.tdx.policy import TD_ATTRIBUTES_KNOWN, XFAM_KNOWN, TdxPolicy
 
 AT = int(datetime(2026, 3, 1, tzinfo=UTC).timestamp())
 BEGIN, END = datetime(2026, 2, 15, tzinfo=UTC), datetime(2026, 3, 15, tzinfo=UTC)
@@ -278,8 +278,8 @@ def strict(**changed) -> TdxPolicy:
         "debug": "forbidden",
         "sept_ve_disable": "required",
         "perfmon": "forbidden",
-        "td_attributes_allowed": "0x80000000f8000071",
-        "xfam_allowed": "0x000000000006dbe7",
+        "td_attributes_allowed": TD_ATTRIBUTES_KNOWN,
+        "xfam_allowed": XFAM_KNOWN,
         "platform_tcb": ("UpToDate",),
         "module_tcb": ("UpToDate",),
         "qe_tcb": ("UpToDate",),
