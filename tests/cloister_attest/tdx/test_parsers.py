@@ -1,8 +1,11 @@
 """The parsers on hostile bytes: nothing but EvidenceError, and no signed byte that may change."""
 
+import base64
 import json
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -34,6 +37,10 @@ def spoilt(data: bytes, position: int, bit: int) -> bytes:
     copy = bytearray(data)
     copy[position % len(copy)] ^= 1 << bit
     return bytes(copy)
+
+
+def spoilt_within(data: bytes, part: bytes, position: int, bit: int) -> bytes:
+    return data.replace(part, spoilt(part, position, bit), 1)
 
 
 def test_fields_of_a_minted_quote():
@@ -74,10 +81,25 @@ def test_no_byte_of_intels_documents_may_change(piece, position, bit):
 
 @SETTINGS
 @given(st.sampled_from(["root_crl", "pck_crl"]), st.integers(0, 1 << 20), st.integers(0, 7))
-def test_no_byte_of_the_lists_may_change(piece, position, bit):
-    pieces = m.collateral(**{piece: spoilt(getattr(COLLATERAL, piece), position, bit)})
-    checks = appraise_tdx(QUOTE, pieces, POLICY, m.REPORT_DATA, m.AT)
+def test_no_signed_byte_of_the_lists_may_change(piece, position, bit):
+    raw = getattr(COLLATERAL, piece)
+    changed = spoilt_within(raw, x509.load_der_x509_crl(raw).tbs_certlist_bytes, position, bit)
+    checks = appraise_tdx(QUOTE, m.collateral(**{piece: changed}), POLICY, m.REPORT_DATA, m.AT)
     assert {check.name for check in checks if check.verdict == "fail"} == {piece.replace("_", "-")}
+
+
+@SETTINGS
+@given(st.integers(0, 2), st.integers(0, 1 << 20), st.integers(0, 7))
+def test_no_signed_byte_of_the_chain_may_change(index, position, bit):
+    certificates = [m.PCK, m.CA, m.ROOT]
+    der = certificates[index].public_bytes(Encoding.DER)
+    changed = spoilt_within(der, certificates[index].tbs_certificate_bytes, position, bit)
+    texts = [m.pem(certificate) for certificate in certificates]
+    lines = base64.encodebytes(changed)
+    texts[index] = b"-----BEGIN CERTIFICATE-----\n" + lines + b"-----END CERTIFICATE-----\n"
+    quote = m.quote(certificates=b"".join(texts))
+    checks = appraise_tdx(quote, COLLATERAL, POLICY, m.REPORT_DATA, m.AT)
+    assert "pck-chain" in {check.name for check in checks if check.verdict == "fail"}
 
 
 @SETTINGS
