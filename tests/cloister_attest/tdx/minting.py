@@ -40,7 +40,7 @@ def pem(*certificates: x509.Certificate) -> bytes:
 
 def certificate(
     name, key, issuer_name, issuer_key, *, authority, path=None, begin=BEGIN, end=END, extension=None, digest=None,
-    organisation="Intel Corporation",
+    organisation="Intel Corporation", critical=None,
 ):  # fmt: skip
     def named(text):
         return x509.Name(
@@ -77,14 +77,18 @@ def certificate(
     if extension is not None:
         unknown = x509.UnrecognizedExtension(x509.ObjectIdentifier(SGX_EXTENSION_OID), extension)
         builder = builder.add_extension(unknown, critical=False)
+    if critical is not None:
+        builder = builder.add_extension(critical, critical=True)
     return builder.sign(issuer_key, digest or SHA256())
 
 
-def revocation_list(issuer, key, *, revoked=(), begin=BEGIN, end=END) -> bytes:
+def revocation_list(issuer, key, *, revoked=(), begin=BEGIN, end=END, critical=None) -> bytes:
     builder = x509.CertificateRevocationListBuilder().issuer_name(issuer.subject).last_update(begin).next_update(end)
     for serial in revoked:
         entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(begin).build()
         builder = builder.add_revoked_certificate(entry)
+    if critical is not None:
+        builder = builder.add_extension(critical, critical=True)
     return builder.sign(key, SHA256()).public_bytes(Encoding.DER)
 
 
