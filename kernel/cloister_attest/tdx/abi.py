@@ -175,9 +175,7 @@ def parse_quote(raw: bytes) -> Quote:
         body_type = cursor.number(2, "body type")
         size = cursor.number(4, "body size")
         if size != _BODY_BYTES.get(body_type):
-            raise EvidenceError(
-                f"the quote declares a body of type {body_type} and {size} bytes, which is no TD report"
-            )
+            raise EvidenceError(f"the quote declares a body of type {body_type} with {size} bytes, not a TD report")
     body = cursor.take(_BODY_BYTES[body_type], "TD report")
     signed = raw[: cursor.position]
     data = _Cursor(cursor.take(cursor.number(4, "signature length"), "signature data"), "signature data")
