@@ -1,0 +1,1 @@
+"""Intel TDX quotes: parse (`abi`), authenticate (`chain`, `collateral`, `verify`), judge (`validate`)."""
