@@ -22,7 +22,15 @@ from cloister.profile import Profile, load_ed25519, read_bounded, write_private
 from cloister.session import Session
 from cloister_data.checkpoint import CheckpointError
 from cloister_data.cosignature import witness_name
-from cloister_data.errors import AttestationRefusedError, ConfigurationError, UnavailableError, UnreachableError
+from cloister_data.errors import (
+    AttestationRefusedError,
+    ConfigurationError,
+    InternalError,
+    StorageError,
+    TooManyRequestsError,
+    UnavailableError,
+    UnreachableError,
+)
 from cloister_data.owner import public_bytes
 from cloister_data.witness import MAX_WAIT_SECONDS, UNLOCK_BYTES, WitnessAnswer, WitnessCall, sign_call
 
@@ -141,6 +149,9 @@ class Witness:
                 )
             except AttestationRefusedError as error:
                 raise _Restarted from error
+            except (StorageError, InternalError, TooManyRequestsError) as error:
+                # The guard's own trouble, which may pass: what it says of its log is refused as something else.
+                raise UnavailableError(error.what, why=error.why) from error
             try:
                 checkpoint = self._mirror.extend(
                     size, answer.entries, answer.evidence, answer.checkpoint, session.log_key

@@ -181,3 +181,22 @@ def test_it_keeps_the_evidence_of_each_start_or_signs_for_nothing(tmp_path: Path
     path.write_bytes(right + b"\n" + right[:9])
     show(mirror_in(tmp_path), log, 0)
     assert path.read_bytes().splitlines() == [right, right]
+
+
+def test_a_folder_that_cannot_be_synced_leaves_a_copy_that_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = Log(1, 2)
+    mirror = mirror_in(tmp_path)
+    show(mirror, log, 0, 2)
+
+    def broken(directory: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("cloister.mirror._sync", broken)
+        with pytest.raises(StorageError, match="nothing was signed"):
+            show(mirror, log, 2)
+    assert mirror_in(tmp_path).position() == mirror.position()
+    show(mirror, log, mirror.position()[0])
+    assert mirror_in(tmp_path).position()[0] == 3
