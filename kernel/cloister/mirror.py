@@ -121,6 +121,8 @@ class Mirror:
             write_private(self._directory / "state.json", state.to_json())
             _sync(self._directory)
         except (OSError, StorageError) as error:
+            # Which of the two states is on the disk decides.
+            self.state = read_wire(self._directory / "state.json", MirrorState)
             self._forget()
             raise StorageError(
                 "The copy of the audit log can't be written, so nothing was signed.",
