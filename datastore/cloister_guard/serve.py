@@ -102,6 +102,8 @@ async def _serve(config: GuardConfig, companion: Sequence[str], listener: socket
         waiting = asyncio.create_task(stop.wait())
         await asyncio.wait({waiting, serving, supervising, watching}, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
+        if watching.done():
+            watching.result()  # It ends by a fault alone: a guard that doesn't watch its leases must not go on.
     finally:
         logger.info("stopping")
         ready.unlink(missing_ok=True)

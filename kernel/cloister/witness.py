@@ -35,8 +35,8 @@ from cloister_data.owner import public_bytes
 from cloister_data.witness import MAX_WAIT_SECONDS, UNLOCK_BYTES, WitnessAnswer, WitnessCall, sign_call
 
 INIT = "cloister owner init"
-LONGEST_PAUSE = 5.0
-"""Seconds between two tries while the cloister can't be reached."""
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.2, 5.0
+"""Seconds between two tries while the cloister can't be reached, or has trouble of its own."""
 
 Told = Callable[[str], None]
 """Hears, in sentences for people, what the witness does."""
@@ -110,7 +110,7 @@ class Witness:
         Raises AttestationRefusedError where the machine isn't proven; LogVerificationError or ConflictError where its
         log isn't the one that was signed for; StorageError where the copy can't be kept. Nothing is unlocked then.
         """
-        pause = 0.2
+        pause = SHORTEST_PAUSE
         while not stop.is_set():
             size = self._mirror.position()[0]
             try:
@@ -121,15 +121,15 @@ class Witness:
                             why=f"It has {session.checkpoint.size} entries; this witness has signed for {size}.",
                             next_step="Ask the operator. A restore starts from your copy: cloister owner backup.",
                         )
-                    pause = 0.2
                     self._converse(session, stop)
             except (UnreachableError, UnavailableError) as error:
                 self._told(f"{self._profile.url}: {error.what} {error.why} Trying again.")
             except _Restarted:
                 self._told(f"{self._profile.url}: the cloister was restarted; verifying it anew.")
+            # Only a conversation that went well begins with a short pause again.
+            pause = SHORTEST_PAUSE if self._unlocked else min(LONGEST_PAUSE, pause * 2)
             self._unlocked = False
             stop.wait(pause)
-            pause = min(LONGEST_PAUSE, pause * 2)
 
     def _converse(self, session: Session, stop: threading.Event) -> None:
         certificate = bytes.fromhex(session.certificate_digest)

@@ -13,7 +13,7 @@ from cloister_attest.channel import spki_of
 from cloister_attest.evidence import Evidence
 from cloister_attest.outcome import EvidenceError, Outcome, not_applicable, passed
 from cloister_attest.policy import AttestationPolicy
-from cloister_attest.result import CHECK_NAMES, AttestationResult, Check
+from cloister_attest.result import CHECK_NAMES, AttestationResult, checked
 from cloister_attest.simulated import abi, validate, verify
 from cloister_data.checkpoint import Checkpoint, CheckpointError, verify_checkpoint
 from cloister_data.policy import Platform
@@ -91,7 +91,7 @@ class _Appraisal:
             "gpu": self._gpu,
             "checkpoint": self._log,
         }
-        checks = tuple(_check(name, steps[name]) for name in CHECK_NAMES)
+        checks = tuple(checked(name, steps[name], *_EXPLANATIONS[name]) for name in CHECK_NAMES)
         evidence, report = self._evidence, self._report
         return AttestationResult(
             platform=evidence.platform if evidence else None,
@@ -180,7 +180,10 @@ class _Appraisal:
         evidence, policy = self._need_evidence(), self._policy
         if policy.log_key not in ("any", evidence.log_key.hex()):
             raise EvidenceError("the audit log has another key than the trust file names")
-        checkpoint = verify_checkpoint(evidence.checkpoint, evidence.log_key)
+        try:
+            checkpoint = verify_checkpoint(evidence.checkpoint, evidence.log_key)
+        except CheckpointError as error:
+            raise EvidenceError(str(error)) from error
         if policy.log_origin not in ("any", checkpoint.origin):
             raise EvidenceError("the audit log has another name than the trust file names")
         self._checkpoint = checkpoint
@@ -212,17 +215,3 @@ _TITLES: dict[Platform, str] = {
 def _supported(platform: Platform) -> None:
     if platform != "simulated":
         raise EvidenceError(f"this version of Cloister doesn't verify {_TITLES[platform]} evidence yet")
-
-
-def _check(name: str, step: Callable[[], Outcome]) -> Check:
-    try:
-        outcome = step()
-    except (EvidenceError, CheckpointError) as error:
-        outcome = Outcome("fail", str(error))
-    except Exception as error:
-        # Whatever a parser does on hostile bytes, the check has not passed.
-        outcome = Outcome("fail", f"the check itself failed on this evidence ({type(error).__name__})")
-    explanation, source = _EXPLANATIONS[name]
-    return Check(
-        name=name, verdict=outcome.verdict, explanation=explanation, reason=outcome.reason[:4000], source=source
-    )

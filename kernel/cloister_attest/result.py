@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from html import escape
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from cloister_attest.outcome import Verdict
+from cloister_attest.outcome import EvidenceError, Outcome, Verdict
 from cloister_data.base import Digest, Text, UnixSeconds, Wire
 from cloister_data.policy import Platform
 
@@ -146,3 +147,17 @@ def _when(seconds: int) -> str:
 def _printable(line: str) -> str:
     """Without control characters: a verdict is printed on terminals, and parts of it come from elsewhere."""
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line)
+
+
+def checked(name: str, step: Callable[[], Outcome], explanation: str, source: str) -> Check:
+    """Make one check: what `step` answers, or a failure where it raises, whatever it raises."""
+    try:
+        outcome = step()
+    except EvidenceError as error:
+        outcome = Outcome("fail", str(error))
+    except Exception as error:
+        # Whatever a parser does on hostile bytes, the check has not passed.
+        outcome = Outcome("fail", f"the check itself failed on this evidence ({type(error).__name__})")
+    return Check(
+        name=name, verdict=outcome.verdict, explanation=explanation, reason=outcome.reason[:4000], source=source
+    )

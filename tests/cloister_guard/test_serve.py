@@ -2,6 +2,8 @@
 
 import fcntl
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from cloister_data.errors import ConfigurationError
 from cloister_guard.config import GuardConfig
 from cloister_guard.serve import run
+from tests.fakes.running import write_config
 
 
 @pytest.mark.parametrize("held", ["state", "run"])
@@ -38,3 +41,30 @@ def refused(state: Path, runtime: Path, held: str) -> None:
         os.close(descriptor)
     assert not (config.state_dir / "cloister.db").exists()
     assert not config.control_socket.exists()
+
+
+UNWATCHED = """
+import sys
+from pathlib import Path
+from cloister_guard.config import load_config
+from cloister_guard.guard import Guard
+from cloister_guard.serve import run
+
+async def broken(self):
+    raise RuntimeError("nobody looks after the leases")
+
+Guard.watch = broken
+run(load_config(Path(sys.argv[1])), ["sleep", "60"])
+"""
+
+
+def test_a_guard_that_no_longer_watches_its_leases_ends_with_an_error(tmp_path: Path) -> None:
+    """With an owner's data open for ever, it must not go on; and whoever supervises it has to see a failure."""
+    with tempfile.TemporaryDirectory(prefix="clo-") as runtime:
+        config = write_config(tmp_path, Path(runtime))
+        ended = subprocess.run(
+            [sys.executable, "-c", UNWATCHED, str(config)], capture_output=True, text=True, timeout=60, check=False
+        )
+    assert ended.returncode != 0
+    assert "nobody looks after the leases" in ended.stderr
+    assert not (tmp_path / "state" / "ready.json").exists()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from cloister.profile import Profile
@@ -98,9 +98,9 @@ def serving_process(*arguments: str, log: Path) -> Iterator[subprocess.Popen[byt
         process.wait(30)
 
 
-def until(what: object, seconds: float = 15) -> None:
+def until(what: Callable[[], object], seconds: float = 15) -> None:
     """Wait until `what()` is true."""
     deadline = time.monotonic() + seconds
-    while not what():  # type: ignore[operator]
+    while not what():
         assert time.monotonic() < deadline, "it didn't happen in time"
         time.sleep(0.02)

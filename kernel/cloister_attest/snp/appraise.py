@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cloister_attest.outcome import EvidenceError, Outcome, not_applicable, passed
-from cloister_attest.result import Check
+from cloister_attest.result import Check, checked
 from cloister_attest.snp import abi, validate, verify
 from cloister_attest.snp.certificate_table import Collateral
 from cloister_attest.snp.policy import SnpPolicy
@@ -113,7 +113,7 @@ class _Appraisal:
 
     def run(self) -> tuple[Check, ...]:
         steps = self._authenticity() | self._judgement()
-        return tuple(_check(name, steps[name]) for name in SNP_CHECKS)
+        return tuple(checked(name, steps[name], *told) for name, told in SNP_CHECKS.items())
 
     def _authenticity(self) -> dict[str, Callable[[], Outcome]]:
         return {
@@ -261,17 +261,3 @@ class _Appraisal:
     @property
     def _product_named(self) -> Product:
         return self._chain.product
-
-
-def _check(name: str, step: Callable[[], Outcome]) -> Check:
-    try:
-        outcome = step()
-    except EvidenceError as error:
-        outcome = Outcome("fail", str(error))
-    except Exception as error:
-        # Whatever a parser does on hostile bytes, the check has not passed.
-        outcome = Outcome("fail", f"the check itself failed on this evidence ({type(error).__name__})")
-    explanation, source = SNP_CHECKS[name]
-    return Check(
-        name=name, verdict=outcome.verdict, explanation=explanation, reason=outcome.reason[:4000], source=source
-    )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Literal, TypeVar
 
 from cloister_attest.outcome import EvidenceError, Outcome, not_applicable, passed
-from cloister_attest.result import Check
+from cloister_attest.result import Check, checked
 from cloister_attest.tdx import abi, chain, validate, verify
 from cloister_attest.tdx import collateral as pcs
 from cloister_attest.tdx.collateral import Collateral
@@ -304,16 +304,10 @@ def _held(value: _T | None, otherwise: str) -> _T:
 
 
 def _check(name: str, step: Callable[[], Outcome]) -> Check:
-    try:
-        outcome = step()
-    except _Waived as waived:
-        outcome = not_applicable(str(waived))
-    except EvidenceError as error:
-        outcome = Outcome("fail", str(error))
-    except Exception as error:
-        # Whatever a parser does on hostile bytes, the check has not passed.
-        outcome = Outcome("fail", f"the check itself failed on this evidence ({type(error).__name__})")
-    explanation, source = EXPLANATIONS[name]
-    return Check(
-        name=name, verdict=outcome.verdict, explanation=explanation, reason=outcome.reason[:4000], source=source
-    )
+    def waiving() -> Outcome:
+        try:
+            return step()
+        except _Waived as waived:
+            return not_applicable(str(waived))
+
+    return checked(name, waiving, *EXPLANATIONS[name])
