@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cloister_cli import audit, budget, dataset, owner, policy, user
+from cloister_cli import attest, audit, budget, dataset, owner, policy, user
 from cloister_cli.connect import connect
 from cloister_cli.demo import demo
 from cloister_cli.lab import lab
@@ -52,6 +52,7 @@ app.add_typer(dataset.app, name="dataset", rich_help_panel=OWNERS)
 app.add_typer(policy.app, name="policy", rich_help_panel=OWNERS)
 app.add_typer(owner.app, name="owner", rich_help_panel=OWNERS)
 app.add_typer(user.app, name="user", rich_help_panel=OPERATORS)
+app.add_typer(attest.app, name="attest", rich_help_panel=OPERATORS)
 app.add_typer(audit.app, name="audit", rich_help_panel=OPERATORS)
 app.command(rich_help_panel=OPERATORS)(serve)
 

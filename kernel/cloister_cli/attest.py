@@ -1,0 +1,12 @@
+"""`cloister attest`: judge a machine's evidence without connecting, and get what that takes."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Judge a machine's evidence offline, and get what that takes.")
+
+
+@app.callback()
+def _group() -> None:
+    pass
