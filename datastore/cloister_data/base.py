@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, StringConstraints
 
@@ -25,9 +25,7 @@ class Wire(BaseModel):
 
     def canonical(self) -> bytes:
         """One byte string for one value: JSON with sorted keys and no spaces. What digests and signatures cover."""
-        return json.dumps(
-            self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
-        ).encode()
+        return canonical_json(self.model_dump(mode="json"))
 
     def digest(self) -> str:
         """SHA-256 of `canonical()`, 64 hex digits."""
@@ -37,6 +35,11 @@ class Wire(BaseModel):
     def from_json(cls, data: bytes | str) -> Self:
         """Parse and validate strictly: no text for a number. Raises pydantic.ValidationError."""
         return cls.model_validate_json(data, strict=True)
+
+
+def canonical_json(value: dict[str, Any]) -> bytes:
+    """JSON with sorted keys and no spaces, in ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
 
 
 Text = Annotated[str, StringConstraints(max_length=4096)]

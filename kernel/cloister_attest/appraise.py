@@ -4,54 +4,41 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from pydantic import ValidationError
 
 from cloister_attest.binding import gpu_digest, report_data
 from cloister_attest.channel import spki_of
+from cloister_attest.checks import AFTER, BEFORE, PLATFORM_CHECKS
+from cloister_attest.collateral.items import Item
 from cloister_attest.evidence import Evidence
 from cloister_attest.outcome import EvidenceError, Outcome, not_applicable, passed
-from cloister_attest.policy import AttestationPolicy
-from cloister_attest.result import CHECK_NAMES, AttestationResult, checked
-from cloister_attest.simulated import abi, validate, verify
+from cloister_attest.platforms import Claims, appraise_hardware, claims_of
+from cloister_attest.policy import AttestationPolicy, HardwarePolicy
+from cloister_attest.reference_values import verify_reference_values
+from cloister_attest.result import AttestationResult, Check, checked
 from cloister_data.checkpoint import Checkpoint, CheckpointError, verify_checkpoint
 from cloister_data.policy import Platform
 
-_EXPLANATIONS: dict[str, tuple[str, str]] = {
-    "format": ("The evidence and the report in it are whole and of a known version.", "docs/protocol.md, Evidence"),
-    "platform": ("The evidence comes from the kind of hardware that the trust file demands.", "trust file: platform"),
-    "chain": ("The report's signer was issued by the chain's root, and each may do what it does.", "RFC 5280, 6.1"),
-    "root": ("The chain's root is pinned.", "trust file: roots"),
-    "dates": ("Every certificate of the chain is valid now.", "RFC 5280, 4.1.2.5"),
-    "signature": ("The hardware's signer signed the report.", "FIPS 186-5, 6.4"),
-    "binding": (
-        "The report was made for this channel's key, this client's nonce, and this audit log: it is neither relayed "
-        "nor replayed.",
-        "docs/protocol.md, report_data",
-    ),
-    "debug": ("The host can't read the machine through its debugger.", "trust file: debug"),
-    "measurement": ("The machine runs an image that the trust file names.", "trust file: measurements"),
-    "tcb": (
-        "The platform's firmware is recent enough, and is the one its signer was issued for.",
-        "trust file: minimum_tcb",
-    ),
-    "chip": (
-        "The processor is the one its signer was issued for, and is admitted.",
-        "trust file: chips_allowed, chips_denied",
-    ),
-    "gpu": ("The confidential GPU, where one is demanded, proves itself.", "trust file: gpu"),
-    "checkpoint": ("The audit log's key signed the checkpoint.", "C2SP tlog-checkpoint, signed-note"),
-}
+_T = TypeVar("_T")
 
 
 def appraise(
-    evidence: Evidence | bytes, policy: AttestationPolicy, *, certificate: bytes, nonce: bytes, at: int
+    evidence: Evidence | bytes,
+    policy: AttestationPolicy,
+    *,
+    certificate: bytes,
+    nonce: bytes,
+    at: int,
+    cached: Iterable[Item] = (),
 ) -> AttestationResult:
     """Judge `evidence` for one channel and one question.
 
-    Makes all the checks of `CHECK_NAMES`, whatever the earlier ones came to. The caller must have made the channel
-    with `pinned_context(certificate)`, chosen `nonce` freshly, and must refuse a result that isn't `ok`.
+    Makes all the checks of `check_names` for the trust file's platform, whatever the earlier ones came to. The caller
+    must have made the channel with `pinned_context(certificate)`, chosen `nonce` freshly, and must refuse a result that
+    isn't `ok`.
 
     Args:
         evidence: as read, or the JSON bytes as they came.
@@ -59,47 +46,51 @@ def appraise(
         certificate: the channel's TLS certificate, DER, to whose key the evidence must be bound.
         nonce: the 32 bytes that were asked with.
         at: the moment to verify at, Unix seconds.
+        cached: collateral at hand, besides what comes with the evidence; what a policy demands and nobody has fails.
     """
-    return _Appraisal(evidence, policy, certificate, nonce, at).run()
+    return _Appraisal(evidence, policy, certificate, nonce, at, tuple(cached)).run()
 
 
 class _Appraisal:
     """One appraisal. What a check has proven is kept for the checks after it."""
 
     def __init__(
-        self, evidence: Evidence | bytes, policy: AttestationPolicy, certificate: bytes, nonce: bytes, at: int
+        self,
+        evidence: Evidence | bytes,
+        policy: AttestationPolicy,
+        certificate: bytes,
+        nonce: bytes,
+        at: int,
+        cached: tuple[Item, ...],
     ) -> None:
         self._given, self._policy, self._certificate, self._nonce, self._at = evidence, policy, certificate, nonce, at
+        self._cached = cached
+        self._demanded: HardwarePolicy = policy.hardware
         self._evidence: Evidence | None = None
-        self._report: abi.Report | None = None
-        self._chain: verify.Chain | None = None
+        self._claims: Claims | None = None
+        self._expected = b""
         self._checkpoint: Checkpoint | None = None
 
     def run(self) -> AttestationResult:
         steps: dict[str, Callable[[], Outcome]] = {
             "format": self._format,
             "platform": self._platform,
-            "chain": self._links,
-            "root": self._root,
-            "dates": self._dates,
-            "signature": self._signature,
             "binding": self._binding,
-            "debug": lambda: validate.validate_debug(self._need_report(), self._policy),
-            "measurement": lambda: validate.validate_measurement(self._need_report(), self._policy),
-            "tcb": lambda: validate.validate_tcb(self._need_report(), self._need_chain(), self._policy),
-            "chip": lambda: validate.validate_chip(self._need_report(), self._need_chain(), self._policy),
+            "publisher": self._publisher,
             "gpu": self._gpu,
             "checkpoint": self._log,
         }
-        checks = tuple(checked(name, steps[name], *_EXPLANATIONS[name]) for name in CHECK_NAMES)
-        evidence, report = self._evidence, self._report
+        before = tuple(checked(name, steps[name], *told) for name, told in BEFORE.items())
+        hardware = self._hardware()
+        after = tuple(checked(name, steps[name], *told) for name, told in AFTER.items())
+        evidence, claims = self._evidence, self._claims
         return AttestationResult(
             platform=evidence.platform if evidence else None,
             simulated=evidence is not None and evidence.platform == "simulated",
-            checks=checks,
-            measurement=report.measurement.hex() if report else "",
-            chip=report.chip_id.hex() if report else "",
-            tcb=report.tcb if report else None,
+            checks=before + hardware + after,
+            measurement=claims.measurement if claims else "",
+            chip=claims.chip if claims else "",
+            tcb=claims.tcb if claims else "",
             verified_at=self._at,
             certificate=hashlib.sha256(self._certificate).hexdigest(),
             checkpoint=evidence.checkpoint if evidence and self._checkpoint else "",
@@ -113,59 +104,61 @@ class _Appraisal:
                 self._evidence = Evidence.from_json(self._given)
             except ValidationError as error:
                 raise EvidenceError(f"the evidence can't be read ({error.error_count()} faults)") from error
-        _supported(self._evidence.platform)
-        self._report = abi.parse(self._evidence.report)
+        self._claims = claims_of(self._evidence.platform, self._evidence.report)
         return passed("the evidence and its report are whole")
 
     def _platform(self) -> Outcome:
-        shown, demanded = self._need_evidence().platform, self._policy.platform
+        shown, demanded = _needed(self._evidence, "the evidence").platform, self._policy.platform
         if shown != demanded:
             raise EvidenceError(
                 f"the trust file demands {_TITLES[demanded]} and the machine shows {_TITLES[shown]}"
                 + (", which protects nothing" if shown == "simulated" else "")
             )
-        _supported(shown)
         return passed(f"the machine shows {_TITLES[shown]}, as the trust file demands")
 
-    def _links(self) -> Outcome:
-        evidence = self._need_evidence()
-        _supported(evidence.platform)
-        self._chain = verify.verify_chain(evidence.certificates)
-        return passed("the root issued the report's signer")
-
-    def _root(self) -> Outcome:
-        pinned = self._policy.roots
-        if pinned == "vendor":
-            raise EvidenceError("the trust file demands a processor maker's root, and this version carries none yet")
-        return passed(
-            f"the trust file pins the root {verify.verify_root(self._need_chain(), frozenset(pinned))[:16]}..."
-        )
-
-    def _dates(self) -> Outcome:
-        until = verify.verify_dates(self._need_chain(), self._at)
-        return passed(f"the certificates are valid until {until:%Y-%m-%d}")
-
-    def _signature(self) -> Outcome:
-        verify.verify_signature(self._need_report(), self._need_chain())
-        return passed("the hardware's signer signed the report")
-
     def _binding(self) -> Outcome:
-        evidence = self._need_evidence()
-        expected = report_data(
+        evidence = _needed(self._evidence, "the evidence")
+        self._expected = report_data(
             spki_of(self._certificate),
             self._nonce,
             gpu_digest(evidence.gpu),
             evidence.checkpoint.encode(),
             evidence.log_key,
         )
-        if not hmac.compare_digest(expected, self._need_report().report_data):
+        if not hmac.compare_digest(self._expected, _needed(self._claims, "the report").report_data):
             raise EvidenceError(
                 "the report was made for another key, another nonce or another audit log: it may be relayed or replayed"
             )
         return passed("the report was made for this channel's key, this nonce and this audit log")
 
+    def _publisher(self) -> Outcome:
+        publisher = self._policy.publisher
+        if publisher == "none":
+            return not_applicable("the trust file itself says which images may run")
+        envelope = _needed(self._evidence, "the evidence").reference_values
+        if envelope is None:
+            raise EvidenceError(
+                f"the machine shows no reference values of {publisher.image!r}: its operator must set reference_values"
+            )
+        values = verify_reference_values(envelope, publisher, self._at)
+        shown = _needed(self._claims, "the report").image
+        for image in values.values:
+            chosen = self._policy.with_published(image, shown)
+            if chosen is not None:
+                self._demanded = chosen
+                return passed(f"the publisher vouches for this image: {values.image} {values.version}")
+        raise EvidenceError(f"the machine runs none of the images of {values.image} {values.version}")
+
+    def _hardware(self) -> tuple[Check, ...]:
+        """The checks of the platform that is demanded: on another platform's evidence none of them can be made."""
+        explained = PLATFORM_CHECKS[self._policy.platform]
+        evidence = self._evidence
+        if evidence is None or evidence.platform != self._policy.platform:
+            return tuple(checked(name, _impossible, *told) for name, told in explained.items())
+        return appraise_hardware(evidence, self._demanded, self._expected, self._cached, self._at)
+
     def _gpu(self) -> Outcome:
-        evidence, demanded = self._need_evidence(), self._policy.gpu
+        evidence, demanded = _needed(self._evidence, "the evidence"), self._policy.gpu
         if demanded == "required":
             if evidence.gpu is None:
                 raise EvidenceError("the trust file demands a confidential GPU and the machine shows none")
@@ -177,7 +170,7 @@ class _Appraisal:
         return not_applicable("the machine shows no GPU and the trust file demands none")
 
     def _log(self) -> Outcome:
-        evidence, policy = self._need_evidence(), self._policy
+        evidence, policy = _needed(self._evidence, "the evidence"), self._policy
         if policy.log_key not in ("any", evidence.log_key.hex()):
             raise EvidenceError("the audit log has another key than the trust file names")
         try:
@@ -189,21 +182,6 @@ class _Appraisal:
         self._checkpoint = checkpoint
         return passed(f"the audit log's key signed a checkpoint over {checkpoint.size} entries")
 
-    def _need_evidence(self) -> Evidence:
-        if self._evidence is None:
-            raise EvidenceError("not checked, for the evidence can't be read")
-        return self._evidence
-
-    def _need_report(self) -> abi.Report:
-        if self._report is None:
-            raise EvidenceError("not checked, for the report can't be read")
-        return self._report
-
-    def _need_chain(self) -> verify.Chain:
-        if self._chain is None:
-            raise EvidenceError("not checked, for the certificate chain doesn't hold")
-        return self._chain
-
 
 _TITLES: dict[Platform, str] = {
     "simulated": "simulated hardware",
@@ -212,6 +190,11 @@ _TITLES: dict[Platform, str] = {
 }
 
 
-def _supported(platform: Platform) -> None:
-    if platform != "simulated":
-        raise EvidenceError(f"this version of Cloister doesn't verify {_TITLES[platform]} evidence yet")
+def _needed(value: _T | None, name: str) -> _T:
+    if value is None:
+        raise EvidenceError(f"not checked, for {name} can't be read")
+    return value
+
+
+def _impossible() -> Outcome:
+    raise EvidenceError("not checked, for there is no evidence of the platform that the trust file demands")

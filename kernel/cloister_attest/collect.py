@@ -7,7 +7,7 @@ from typing import Protocol
 
 from cloister_attest.measure import measure_trusted_packages
 from cloister_attest.policy import AttestationPolicy
-from cloister_attest.simulated import SimulatedHardware
+from cloister_attest.simulated.hardware import SimulatedHardware
 from cloister_data.errors import ConfigurationError
 from cloister_data.policy import Platform
 

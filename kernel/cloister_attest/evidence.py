@@ -7,7 +7,9 @@ from typing import Annotated, Self
 
 from pydantic import Field
 
-from cloister_data.base import Wire
+from cloister_attest.collateral.items import Items
+from cloister_attest.reference_values import MAX_ENVELOPE
+from cloister_data.base import Wire, canonical_json
 from cloister_data.policy import Platform
 
 NONCE_BYTES = 32
@@ -17,8 +19,8 @@ MAX_CERTIFICATE = 16 << 10
 MAX_CERTIFICATES = 8
 MAX_CHECKPOINT = 8 << 10
 MAX_GPU = 1 << 20
-MAX_EVIDENCE_JSON = 4 << 20
-"""Bytes that a client reads of an answer to an AttestRequest before it gives up; above what the bounds below allow."""
+MAX_EVIDENCE_JSON = 8 << 20
+"""Bytes that a client reads of an answer to an AttestRequest before it gives up."""
 
 
 class AttestRequest(Wire):
@@ -41,6 +43,11 @@ class Evidence(Wire):
         checkpoint: the audit log's signed checkpoint (C2SP tlog-checkpoint) at the moment of the request.
         log_key: the Ed25519 key (32 bytes) that signs the checkpoints.
         gpu: the confidential GPU's own evidence, or None where the machine has none.
+        collateral: what the processor's maker publishes about it, as far as the machine has it at hand. Evidence that
+            is kept must hold it, to be judged again when the maker has published something else.
+        reference_values: what the image's publisher signed, or None where the operator gave the guard none.
+
+    Report data bind neither of the last two: each is signed by whom it comes from.
     """
 
     platform: Platform
@@ -51,6 +58,13 @@ class Evidence(Wire):
     checkpoint: str = Field(max_length=MAX_CHECKPOINT)
     log_key: bytes = Field(min_length=LOG_KEY_BYTES, max_length=LOG_KEY_BYTES)
     gpu: Annotated[bytes, Field(max_length=MAX_GPU)] | None = None
+    collateral: Items = ()
+    reference_values: Annotated[bytes, Field(max_length=MAX_ENVELOPE)] | None = None
+
+    def canonical(self) -> bytes:
+        """What the digest of a start's evidence covers: a field that is empty isn't there, as before there was it."""
+        empty = {name for name in ("collateral", "reference_values") if not getattr(self, name)}
+        return canonical_json(self.model_dump(mode="json", exclude=empty))
 
 
 class EvidenceRecord(Wire):

@@ -7,23 +7,34 @@ import os
 import stat
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from cloister_data.base import Digest, Wire
+from cloister_attest.fields import Any as AnyValue
+from cloister_attest.fields import expectation
+from cloister_attest.reference_values import ImageValues, Publisher
+from cloister_attest.simulated.policy import SimulatedPolicy
+from cloister_attest.snp.policy import SnpPolicy
+from cloister_attest.tdx.policy import TdxPolicy
+from cloister_data.base import Wire
 from cloister_data.errors import ConfigurationError
 from cloister_data.policy import Platform
 
-Measurement = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{96}$")]
-"""SHA-384 in hex: 48 bytes, the size of SEV-SNP's MEASUREMENT and of TDX's MRTD."""
+LogKey = Annotated[
+    str, StringConstraints(pattern=r"^[0-9a-f]{64}$"), Field(description="a 32-byte key in lower-case hex")
+]
 
-ChipId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
-"""64 bytes in hex, the size of SEV-SNP's CHIP_ID."""
+HardwarePolicy = SimulatedPolicy | SnpPolicy | TdxPolicy
 
-LogKey = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Any = Literal["any"]
+_PUBLISHED: dict[Platform, dict[str, str]] = {
+    "simulated": {"measurements": "measurement"},
+    "sev-snp": {"measurements": "measurement"},
+    "tdx": {name: name for name in ("mr_td", "rtmr0", "rtmr1", "rtmr2", "rtmr3")},
+}
+"""The keys that may be "published", and the publisher's value that then counts."""
 
+FORMAT = 2
 MAX_TRUST_FILE = 1 << 20
 
 
@@ -31,37 +42,56 @@ class AttestationPolicy(Wire):
     """A trust file. Every field is there, and accepts everything only by the explicit word "any".
 
     Attributes:
-        platform: the only platform that is believed.
-        roots: SHA-256 of the DER root certificates that may vouch for a report, or "vendor": the roots of the
-            processor's maker that this program carries. There is no "any" here.
-        measurements: the images that may run.
-        debug: whether a machine that its host may debug, and so read, is refused.
-        minimum_tcb: the lowest security version of the platform.
-        chips_allowed, chips_denied: which processors may carry the machine.
+        format: of the file.
+        publisher: whose signed reference values say which images may run, where `hardware` says "published"; or "none",
+            where `hardware` itself lists them.
         gpu: "required", "forbidden", or "any" where no GPU's evidence is looked at.
         log_key: the audit log's key, or "any": the key that the evidence itself binds.
         log_origin: the audit log's name, or "any".
+        hardware: the only platform that is believed, and what is demanded of it.
     """
 
     model_config = ConfigDict(strict=True)
 
-    format: Annotated[int, Field(ge=1, le=1)]
-    platform: Platform
-    roots: Annotated[tuple[Digest, ...], Field(min_length=1, max_length=16)] | Literal["vendor"]
-    measurements: Annotated[tuple[Measurement, ...], Field(min_length=1, max_length=256)] | Any
-    debug: Literal["forbidden", "any"]
-    minimum_tcb: Annotated[int, Field(ge=0, lt=1 << 64)] | Any
-    chips_allowed: Annotated[tuple[ChipId, ...], Field(min_length=1, max_length=4096)] | Any
-    chips_denied: Annotated[tuple[ChipId, ...], Field(max_length=4096)]
+    format: Annotated[int, Field(ge=FORMAT, le=FORMAT, description=str(FORMAT))]
+    publisher: Publisher | Literal["none"]
     gpu: Literal["required", "forbidden", "any"]
-    log_key: LogKey | Any
-    log_origin: Annotated[str, StringConstraints(min_length=1, max_length=256)] | Any
+    log_key: LogKey | AnyValue
+    log_origin: (
+        Annotated[str, StringConstraints(min_length=1, max_length=256), Field(description="the log's name")] | AnyValue
+    )
+    hardware: Annotated[HardwarePolicy, Field(discriminator="platform")]
+
+    @property
+    def platform(self) -> Platform:
+        return self.hardware.platform
 
     @model_validator(mode="after")
-    def _no_vendor_of_simulations(self) -> Self:
-        if self.platform == "simulated" and self.roots == "vendor":
-            raise ValueError('simulated hardware has no vendor: "roots" must list its root certificates')
+    def _published_by_somebody(self) -> Self:
+        if bool(self._published()) != (self.publisher != "none"):
+            raise ValueError("a publisher, and values that are published, go together")
         return self
+
+    def _published(self) -> tuple[str, ...]:
+        return tuple(key for key in _PUBLISHED[self.platform] if getattr(self.hardware, key) == "published")
+
+    def with_published(self, image: ImageValues, shown: ImageValues) -> HardwarePolicy | None:
+        """`hardware` with the values of `image` in the place of "published".
+
+        None where the machine shows other values than this image's: an image's values count together, never mixed
+        with another's.
+        """
+        if not image.platform == shown.platform == self.platform:
+            return None
+        names = {key: _PUBLISHED[self.platform][key] for key in self._published()}
+        values = {key: getattr(image, name) for key, name in names.items()}
+        if values != {key: getattr(shown, name) for key, name in names.items()}:
+            return None
+        return self.hardware.model_copy(update={key: (value,) for key, value in values.items()})
+
+    def demanding(self, **changes: Any) -> Self:
+        """A copy that demands something else of the hardware."""
+        return self.model_copy(update={"hardware": self.hardware.model_copy(update=changes)})
 
     @classmethod
     def from_toml(cls, text: str, name: str = "the trust file") -> Self:
@@ -70,15 +100,13 @@ class AttestationPolicy(Wire):
             # Through JSON, where pydantic's strict mode knows arrays; TOML's dates have no place in a trust file.
             return cls.from_json(json.dumps(tomllib.loads(text)))
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            # Only one rule spans several keys: the roots of simulated hardware.
-            key = str(first["loc"][0]) if first["loc"] else "roots"
+            key, why = _reason(error)
             raise ConfigurationError(
                 f"The trust file {name} is wrong at {key!r}.",
-                why=_reason(key, first["type"]),
+                why=why,
                 next_step='Every key must be there; "any" accepts everything where the key allows it.',
             ) from error
-        except (tomllib.TOMLDecodeError, TypeError, ValueError) as error:
+        except (tomllib.TOMLDecodeError, TypeError, ValueError, RecursionError) as error:
             raise ConfigurationError(
                 f"The trust file {name} isn't TOML that this program reads.",
                 why=f"{error}.",
@@ -87,12 +115,15 @@ class AttestationPolicy(Wire):
 
     def to_toml(self) -> str:
         """The file that `from_toml` reads back as the same policy."""
+        document = self.model_dump(mode="json")
+        tables = {key: value for key, value in document.items() if isinstance(value, dict)}
         lines = [
             "# What this client demands of the machine before it sends anything.",
             '# Every key must be there; "any" accepts everything.',
+            *(f"{key} = {_toml(value)}" for key, value in document.items() if key not in tables),
         ]
-        # JSON's strings, numbers and arrays of strings are TOML's too.
-        lines += [f"{key} = {json.dumps(value)}" for key, value in self.model_dump(mode="json").items()]
+        for name, table in tables.items():
+            lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in table.items())]
         return "\n".join(lines) + "\n"
 
 
@@ -120,22 +151,50 @@ def load_policy(path: Path) -> AttestationPolicy:
         raise ConfigurationError(f"The trust file {path} isn't TOML.", why="It isn't UTF-8.") from error
 
 
-_EXPECTED = {
-    "format": "1",
-    "platform": '"simulated", "sev-snp" or "tdx"',
-    "roots": 'a list of SHA-256 digests in lower-case hex, or "vendor" for real hardware',
-    "measurements": 'a list of 48-byte measurements in lower-case hex, or "any"',
-    "debug": '"forbidden" or "any"',
-    "minimum_tcb": 'a whole number from 0, or "any"',
-    "chips_allowed": 'a list of 64-byte chip ids in lower-case hex that isn\'t empty, or "any"',
-    "chips_denied": "a list of 64-byte chip ids in lower-case hex, which may be empty",
-    "gpu": '"required", "forbidden" or "any"',
-    "log_key": 'a 32-byte key in lower-case hex, or "any"',
-    "log_origin": 'the log\'s name, or "any"',
-}
+def _toml(value: object) -> str:
+    """JSON's strings, numbers and arrays are TOML's too; a table in one line isn't."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(each)}" for key, each in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value)
 
 
-def _reason(key: str, kind: str) -> str:
+_MODELS: dict[str, type[BaseModel]] = {"simulated": SimulatedPolicy, "sev-snp": SnpPolicy, "tdx": TdxPolicy}
+
+
+def _reason(error: ValidationError) -> tuple[str, str]:
+    """The first wrong key with the table it stands in, and what it must be."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    path, kind = [str(part) for part in first["loc"]], first["type"]
+    if not path:
+        return "publisher", 'It must name who publishes the images where a value is "published", and only then.'
+    if path[0] == "hardware":
+        if kind.startswith("union_tag"):
+            return "hardware.platform", 'It must be "simulated", "sev-snp" or "tdx".'
+        return (
+            _told(_MODELS[path[1]], path[2:], "hardware", kind)
+            if len(path) > 1
+            else _told(AttestationPolicy, path, "", kind)
+        )
+    if path[0] == "publisher" and path[1:2] == ["Publisher"] and len(path) > 2:
+        return _told(Publisher, path[2:], "publisher", kind)
+    if path == ["format"] and kind in ("less_than_equal", "greater_than_equal"):
+        return "format", f"It is of another version of Cloister than this one, which reads format {FORMAT}."
+    return _told(AttestationPolicy, path, "", kind)
+
+
+def _told(model: type[BaseModel], path: list[str], table: str, kind: str) -> tuple[str, str]:
+    if not path:
+        return table, "It must be a table, with every key in it."
+    key = f"{table}.{path[0]}" if table else path[0]
+    if len(path) > 1 and (inner := model.model_fields.get(path[0])) is not None:
+        nested = inner.annotation
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            return _told(nested, path[1:], key, kind)
     if kind == "extra_forbidden":
-        return "There is no such key."
-    return f"{'The key is missing: it' if kind == 'missing' else 'It'} must be {_EXPECTED.get(key, 'a TOML table')}."
+        return ".".join([key, *path[1:]]), "There is no such key."
+    if kind == "missing" and len(path) > 1:
+        return ".".join([key, *path[1:]]), "The key is missing."
+    opening = "The key is missing: it" if kind == "missing" else "It"
+    return key, f"{opening} must be {expectation(model, path[0])}."

@@ -9,26 +9,10 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from cloister_attest.checks import check_names
 from cloister_attest.outcome import EvidenceError, Outcome, Verdict
 from cloister_data.base import Digest, Text, UnixSeconds, Wire
 from cloister_data.policy import Platform
-
-CHECK_NAMES = (
-    "format",
-    "platform",
-    "chain",
-    "root",
-    "dates",
-    "signature",
-    "binding",
-    "debug",
-    "measurement",
-    "tcb",
-    "chip",
-    "gpu",
-    "checkpoint",
-)
-"""Every appraisal answers all of these, in this order. One that is missing counts as failed."""
 
 SIMULATED_WARNING = (
     "SIMULATED HARDWARE: nothing but a throw-away key vouches for this machine. Never use it for real data."
@@ -56,26 +40,27 @@ class Check(Wire):
 class AttestationResult(Wire):
     """What the appraisal of one machine's evidence came to.
 
-    `measurement` and `chip` are hex and `tcb` is the security version of the platform, as the report states them
-    (empty and None where it couldn't be read); they are proven only where `ok` holds. `certificate` is the SHA-256 of
-    the TLS certificate whose key the evidence was checked against; `checkpoint` is the audit log's signed note.
+    `measurement` and `chip` are hex and `tcb` is the security version of the platform in words, as the report states
+    them (empty where it doesn't, or can't be read); they are proven only where `ok` holds. `certificate` is the SHA-256
+    of the TLS certificate whose key the evidence was checked against; `checkpoint` is the audit log's signed note.
     """
 
     platform: Platform | None
     simulated: bool
-    checks: tuple[Check, ...] = Field(max_length=64)
+    checks: tuple[Check, ...] = Field(max_length=128)
     measurement: Annotated[str, Field(pattern=r"^[0-9a-f]{0,128}$")]
     chip: Annotated[str, Field(pattern=r"^[0-9a-f]{0,128}$")]
-    tcb: int | None
+    tcb: Text
     verified_at: UnixSeconds
     certificate: Digest
     checkpoint: Annotated[str, Field(max_length=8192)]
 
     @property
     def ok(self) -> bool:
-        """True only where every check was made, and none failed."""
-        names = {check.name for check in self.checks}
-        return names.issuperset(CHECK_NAMES) and not self.failed
+        """True only where every check of the platform was made, and none failed."""
+        if self.platform is None:
+            return False
+        return {check.name for check in self.checks}.issuperset(check_names(self.platform)) and not self.failed
 
     @property
     def failed(self) -> tuple[Check, ...]:
@@ -88,8 +73,9 @@ class AttestationResult(Wire):
         """The verdict as plain text."""
         lines = [SIMULATED_WARNING, ""] if self.simulated else []
         lines += [self._headline(), ""]
+        widest = max((len(check.name) for check in self.checks), default=0)
         lines += [
-            f"{number:>3}  {_MARKS[check.verdict]:<4}  {check.name:<12}  {check.reason}"
+            f"{number:>3}  {_MARKS[check.verdict]:<4}  {check.name:<{widest}}  {check.reason}"
             for number, check in enumerate(self.checks, 1)
         ]
         lines += ["", *(f"{name}: {value}" for name, value in self._facts())]
@@ -132,7 +118,7 @@ class AttestationResult(Wire):
             ("platform", self.platform or "unknown"),
             ("measurement", self.measurement or "unknown"),
             ("chip", self.chip or "unknown"),
-            ("tcb", "unknown" if self.tcb is None else str(self.tcb)),
+            ("tcb", self.tcb or "unknown"),
             ("certificate", self.certificate),
         ]
 

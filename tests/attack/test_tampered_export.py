@@ -164,7 +164,7 @@ def test_names_and_evidence_beside_the_log_are_proven_too(copy: Exported) -> Non
     with pytest.raises(LogVerificationError, match="has no evidence"):
         verified(copy)
     evidence.write_text(kept[1])
-    strict = copy.policy.model_copy(update={"measurements": ("0" * 96,)})
+    strict = copy.policy.demanding(measurements=("0" * 96,))
     with pytest.raises(LogVerificationError, match="isn't proven") as caught:
         logexport.verify(copy.directory, strict)
     assert "measurement" in str(caught.value)
@@ -234,7 +234,7 @@ def test_a_receipt_holds_offline_and_no_altered_one_does(exported: Exported) -> 
     with pytest.raises(ReceiptError, match="another guard's"):
         late.model_copy(update={"evidence": early.evidence}).verify(exported.policy)
     with pytest.raises(ReceiptError, match="isn't proven"):
-        late.verify(exported.policy.model_copy(update={"measurements": ("0" * 96,)}))
+        late.verify(exported.policy.demanding(measurements=("0" * 96,)))
     assert late.verify(exported.policy).size > receipt.leaf
 
 

@@ -2,7 +2,8 @@ import pytest
 
 import cloister
 from cloister import connection, verdict
-from cloister_attest.result import CHECK_NAMES, AttestationResult, Check
+from cloister_attest.checks import check_names
+from cloister_attest.result import AttestationResult, Check
 from cloister_data.datasets import DatasetList
 from cloister_data.errors import ConfigurationError, InvalidRequestError, NotFoundError, UnreachableError
 from tests.fakes import answers
@@ -64,7 +65,7 @@ def test_the_budget(guard: RecordingGuard) -> None:
 
 
 def _result(**changes: object) -> AttestationResult:
-    checks = tuple(Check(name=name, verdict="pass", explanation="e", reason="r", source="s") for name in CHECK_NAMES)
+    checks = tuple(Check(name=name, verdict="pass", explanation="e", reason="r", source="s") for name in check_names("simulated"))
     given: dict[str, object] = {
         "platform": "simulated",
         "simulated": True,

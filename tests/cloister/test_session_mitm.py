@@ -12,9 +12,10 @@ from cryptography import x509
 from cloister import profile, session
 from cloister_attest.channel import pinned_context
 from cloister_attest.evidence import AttestRequest, Evidence
-from cloister_attest.simulated import SimulatedHardware
+from cloister_attest.simulated.hardware import SimulatedHardware
 from cloister_data.errors import AttestationRefusedError, UnreachableError
 from cloister_data.identity import LoginAnswer, WhoAmI
+from tests.cloister_attest.policies import SNP_POLICY
 from tests.fakes.attested_server import AttestedServer, FakeLog, FakeMachine, FakeRoot
 from tests.fakes.middle import Passthrough, clone, tls_context
 
@@ -328,8 +329,8 @@ def test_a_machine_that_stops_being_right_ends_the_session(genuine, connect):
 
 def test_a_trust_file_that_demands_real_hardware(genuine, connect):
     known = connect(genuine.url)
-    document = json.loads(genuine.machine.hardware.trust().to_json()) | {"platform": "sev-snp", "roots": "vendor"}
-    known.trust.write_text("\n".join(f"{key} = {json.dumps(value)}" for key, value in document.items()))
+    demanding = genuine.machine.hardware.trust().model_copy(update={"hardware": SNP_POLICY})
+    known.trust.write_text(demanding.to_toml())
     refused(
         known, genuine, match="platform: the trust file demands AMD SEV-SNP and the machine shows simulated hardware"
     )

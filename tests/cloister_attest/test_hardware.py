@@ -9,7 +9,8 @@ from cloister_attest.appraise import appraise
 from cloister_attest.channel import make_server_identity
 from cloister_attest.collect import SIMULATED_ROOT_FILE, attester_for, simulated_hardware
 from cloister_attest.measure import TRUSTED_PACKAGES, measure, measure_trusted_packages
-from cloister_attest.simulated import SimulatedHardware, abi
+from cloister_attest.simulated import abi
+from cloister_attest.simulated.hardware import SimulatedHardware
 from cloister_data.errors import ConfigurationError, StorageError
 from tests.fakes.attested_server import FakeMachine
 
@@ -29,7 +30,7 @@ def test_the_root_outlives_a_restart_and_the_leaf_does_not(tmp_path):
 def test_two_machines_share_nothing():
     first, second = SimulatedHardware.generate(bytes(48)), SimulatedHardware.generate(bytes(48))
     assert first.chip_id != second.chip_id
-    assert first.trust().roots != second.trust().roots
+    assert first.trust().hardware.roots != second.trust().hardware.roots
 
 
 def test_the_roots_file_is_closed_to_others(tmp_path):
@@ -81,7 +82,7 @@ def test_the_attester_of_the_simulated_platform(tmp_path):
     assert (tmp_path / SIMULATED_ROOT_FILE).exists()
     report, _ = attester.collect(bytes(64))
     assert abi.parse(report).measurement == measure_trusted_packages()
-    assert simulated_hardware(tmp_path).trust().measurements == (measure_trusted_packages().hex(),)
+    assert simulated_hardware(tmp_path).trust().hardware.measurements == (measure_trusted_packages().hex(),)
 
 
 @pytest.mark.parametrize("platform", ["sev-snp", "tdx"])

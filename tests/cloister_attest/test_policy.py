@@ -5,43 +5,56 @@ import json
 import pytest
 
 from cloister_attest.policy import AttestationPolicy, load_policy
-from cloister_attest.simulated import SimulatedHardware
+from cloister_attest.simulated.hardware import SimulatedHardware
 from cloister_data.errors import ConfigurationError
+from tests.cloister_attest.policies import SNP_POLICY, TDX_POLICY
 
 POLICY = SimulatedHardware.generate(bytes(48)).trust()
 DOCUMENT = POLICY.model_dump(mode="json")
 
 
+KEYS = [*DOCUMENT, *(f"hardware.{key}" for key in DOCUMENT["hardware"])]
+
+
 def toml(**changes) -> str:
-    return "\n".join(f"{key} = {json.dumps(value)}" for key, value in {**DOCUMENT, **changes}.items())
+    """The trust file with other values of keys, wherever they stand."""
+    hardware = {**DOCUMENT["hardware"], **{key: value for key, value in changes.items() if key in DOCUMENT["hardware"]}}
+    top = {**DOCUMENT, **{key: value for key, value in changes.items() if key not in hardware}}
+    del top["hardware"]
+    lines = [f"{key} = {json.dumps(value)}" for key, value in top.items()]
+    return "\n".join([*lines, "", "[hardware]", *(f"{key} = {json.dumps(value)}" for key, value in hardware.items())])
 
 
 def test_a_policy_survives_its_file(tmp_path):
     path = tmp_path / "trust.toml"
     path.write_text(POLICY.to_toml())
     assert load_policy(path) == POLICY
-    assert toml().splitlines() == POLICY.to_toml().splitlines()[2:]
+    assert AttestationPolicy.from_toml(toml()) == POLICY
 
 
-@pytest.mark.parametrize("key", list(DOCUMENT))
+@pytest.mark.parametrize("key", [key for key in KEYS if key != "hardware"])
 def test_no_key_may_be_left_out(key):
-    lines = [line for line in toml().splitlines() if not line.startswith(f"{key} ")]
-    with pytest.raises(ConfigurationError, match=f"wrong at '{key}'. The key is missing"):
+    name = key.removeprefix("hardware.")
+    lines = [line for line in toml().splitlines() if not line.startswith(f"{name} ")]
+    with pytest.raises(ConfigurationError, match=f"wrong at '{key}'. (The key is missing|It must be)"):
         AttestationPolicy.from_toml("\n".join(lines))
 
 
 @pytest.mark.parametrize("key", ["measurement", "Debug", "verify", "sev"])
 def test_no_other_key_may_be_there(key):
-    with pytest.raises(ConfigurationError, match=f"wrong at '{key}'. There is no such key"):
+    with pytest.raises(ConfigurationError, match=f"wrong at 'hardware.{key}'. There is no such key"):
         AttestationPolicy.from_toml(f"{toml()}\n{key} = true")
+    with pytest.raises(ConfigurationError, match=f"wrong at '{key}'. There is no such key"):
+        AttestationPolicy.from_toml(f"{key} = true\n{toml()}")
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"format": 2},
+        {"format": 1},
+        {"format": 3},
         {"format": True},
-        {"format": "1"},
+        {"format": "2"},
         {"platform": "any"},
         {"platform": "sgx"},
         {"roots": "any"},
@@ -81,9 +94,33 @@ def test_what_is_not_a_trust_file(text):
         AttestationPolicy.from_toml(text)
 
 
-def test_real_platforms_load():
-    policy = AttestationPolicy.from_toml(toml(platform="sev-snp", roots="vendor"))
-    assert policy.platform == "sev-snp"
+@pytest.mark.parametrize("hardware", [SNP_POLICY, TDX_POLICY], ids=["sev-snp", "tdx"])
+def test_real_platforms_load(hardware):
+    policy = POLICY.model_copy(update={"hardware": hardware})
+    assert AttestationPolicy.from_toml(policy.to_toml()) == policy
+    for key in type(hardware).model_fields:
+        lines = [line for line in policy.to_toml().splitlines() if not line.startswith(f"{key} ")]
+        with pytest.raises(ConfigurationError, match=f"wrong at 'hardware.{key}'"):
+            AttestationPolicy.from_toml("\n".join(lines))
+        with pytest.raises(ConfigurationError, match=f"wrong at 'hardware.{key}'"):
+            AttestationPolicy.from_toml("\n".join([*lines, f"{key} = 1979"]))
+
+
+def test_a_publisher_and_published_values_go_together():
+    publisher = {"key": "00" * 32, "image": "cloister-vm", "minimum_version": "1.2"}
+    text = toml(measurements="published").replace('publisher = "none"\n', "")
+    table = "\n\n[publisher]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in publisher.items())
+    read = AttestationPolicy.from_toml(text + table)
+    assert read.publisher.model_dump() == publisher
+    assert AttestationPolicy.from_toml(read.to_toml()) == read
+    for wrong in (toml(measurements="published"), toml().replace('publisher = "none"\n', "") + table):
+        with pytest.raises(ConfigurationError, match="wrong at 'publisher'"):
+            AttestationPolicy.from_toml(wrong)
+    for key in publisher:
+        for bent in ("", f"{key} = 7"):
+            lines = [bent if line.startswith(f"{key} ") else line for line in (text + table).splitlines()]
+            with pytest.raises(ConfigurationError, match=f"wrong at 'publisher.{key}'"):
+                AttestationPolicy.from_toml("\n".join(lines))
 
 
 def test_files_that_cannot_be_read(tmp_path):

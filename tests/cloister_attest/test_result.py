@@ -3,7 +3,10 @@
 import pytest
 from pydantic import ValidationError
 
-from cloister_attest.result import CHECK_NAMES, SIMULATED_WARNING, AttestationResult, Check
+from cloister_attest.checks import check_names
+from cloister_attest.result import SIMULATED_WARNING, AttestationResult, Check
+
+CHECK_NAMES = check_names("simulated")
 
 
 def check(name: str, verdict: str = "pass", reason: str = "because") -> Check:
@@ -17,7 +20,7 @@ def result(checks=None, **fields) -> AttestationResult:
         "checks": tuple(check(name) for name in CHECK_NAMES) if checks is None else checks,
         "measurement": "ab" * 48,
         "chip": "cd" * 64,
-        "tcb": 3,
+        "tcb": "3",
         "verified_at": 1_800_000_000,
         "certificate": "0" * 64,
         "checkpoint": "log\n1\n",
@@ -39,6 +42,11 @@ def test_one_failure_or_one_missing_check_refuses(name):
 
 def test_a_check_that_failed_twice_is_failed_once_and_for_all():
     assert not result((*(check(name) for name in CHECK_NAMES), check("chip", "fail"))).ok
+
+
+@pytest.mark.parametrize("platform", [None, "sev-snp", "tdx"])
+def test_the_checks_of_another_platform_are_not_enough(platform):
+    assert not result(platform=platform).ok
 
 
 def test_no_checks_at_all_is_a_refusal():

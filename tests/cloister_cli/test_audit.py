@@ -122,7 +122,7 @@ def test_a_trust_file_that_is_wrong_or_missing(
     strict = tmp_path / "strict.toml"
     lines = [line for line in text.splitlines() if not line.startswith("measurements")]
     assert len(lines) == len(text.splitlines()) - 1
-    strict.write_text(f'measurements = ["{"0" * 96}"]\n' + "\n".join(lines))
+    strict.write_text("\n".join(lines) + f'\nmeasurements = ["{"0" * 96}"]\n')
     for path in (receipt, export):
         refused(run("audit", "verify", str(path), "--trust", str(strict)), "isn't proven", "measurement")
         refused(run("audit", "verify", str(path), "--trust", str(tmp_path / "none.toml")), "none.toml")

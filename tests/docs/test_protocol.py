@@ -13,7 +13,7 @@ from starlette.routing import WebSocketRoute
 
 from cloister_attest.binding import LABEL, gpu_digest, report_data
 from cloister_attest.evidence import Evidence
-from cloister_attest.result import CHECK_NAMES
+from cloister_attest.checks import check_names
 from cloister_attest.simulated import abi
 from cloister_data import errors, framing
 from cloister_data.checkpoint import verify_checkpoint
@@ -160,7 +160,7 @@ def test_evidence_fields_and_checks() -> None:
     assert [row[0] for row in table(PROTOCOL, "field") if row[0] in Evidence.model_fields] == list(
         Evidence.model_fields
     )
-    assert ", ".join(f"`{name}`" for name in CHECK_NAMES) in TEXT
+    assert ", ".join(f"`{name}`" for name in check_names("simulated")) in TEXT
 
 
 def test_errors() -> None:

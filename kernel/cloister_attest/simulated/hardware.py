@@ -25,6 +25,7 @@ from cryptography.x509.oid import NameOID
 
 from cloister_attest.policy import AttestationPolicy
 from cloister_attest.simulated.abi import pack_body, pack_signature
+from cloister_attest.simulated.policy import SimulatedPolicy
 from cloister_attest.simulated.verify import CHIP_OID
 from cloister_data.errors import ConfigurationError, StorageError
 from cloister_data.policy import Platform
@@ -119,22 +120,24 @@ class SimulatedHardware:
     def trust(self) -> AttestationPolicy:
         """The trust file that accepts exactly this machine's root, image and chip, whatever its log is called."""
         return AttestationPolicy(
-            format=1,
-            platform="simulated",
-            roots=(hashlib.sha256(self.root.public_bytes(Encoding.DER)).hexdigest(),),
-            measurements=(self.measurement.hex(),),
-            debug="forbidden",
-            minimum_tcb=self.tcb,
-            chips_allowed=(self.chip_id.hex(),),
-            chips_denied=(),
+            format=2,
+            publisher="none",
             gpu="forbidden",
             log_key="any",
             log_origin="any",
+            hardware=SimulatedPolicy(
+                roots=(hashlib.sha256(self.root.public_bytes(Encoding.DER)).hexdigest(),),
+                measurements=(self.measurement.hex(),),
+                debug="forbidden",
+                minimum_tcb=self.tcb,
+                chips_allowed=(self.chip_id.hex(),),
+                chips_denied=(),
+            ),
         )
 
     def writers(self) -> AttestationPolicy:
         """This machine's root, with any chip and image: a log outlives versions, and may be shared."""
-        return self.trust().model_copy(update={"measurements": "any", "minimum_tcb": "any", "chips_allowed": "any"})
+        return self.trust().demanding(measurements="any", minimum_tcb="any", chips_allowed="any")
 
 
 def issue_root(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:

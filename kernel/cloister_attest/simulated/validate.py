@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from cloister_attest.fields import accepts
 from cloister_attest.outcome import EvidenceError, Outcome, not_applicable, passed
-from cloister_attest.policy import AttestationPolicy
 from cloister_attest.simulated.abi import Report
+from cloister_attest.simulated.policy import SimulatedPolicy
 from cloister_attest.simulated.verify import Chain
 
 
-def validate_debug(report: Report, policy: AttestationPolicy) -> Outcome:
+def validate_debug(report: Report, policy: SimulatedPolicy) -> Outcome:
     if policy.debug == "any":
         return not_applicable("the trust file accepts machines that their host may debug")
     if report.debug:
@@ -16,16 +17,16 @@ def validate_debug(report: Report, policy: AttestationPolicy) -> Outcome:
     return passed("the host may not debug the machine")
 
 
-def validate_measurement(report: Report, policy: AttestationPolicy) -> Outcome:
+def validate_measurement(report: Report, policy: SimulatedPolicy) -> Outcome:
     if policy.measurements == "any":
         return not_applicable("the trust file accepts any image")
     measured = report.measurement.hex()
-    if measured not in policy.measurements:
+    if not accepts(policy.measurements, measured):
         raise EvidenceError(f"the machine runs {measured}, which is none of the images that the trust file names")
     return passed("the machine runs an image that the trust file names")
 
 
-def validate_tcb(report: Report, chain: Chain, policy: AttestationPolicy) -> Outcome:
+def validate_tcb(report: Report, chain: Chain, policy: SimulatedPolicy) -> Outcome:
     if report.tcb != chain.tcb:
         raise EvidenceError(f"the report claims tcb {report.tcb}, its signer was issued for {chain.tcb}")
     if policy.minimum_tcb == "any":
@@ -35,7 +36,7 @@ def validate_tcb(report: Report, chain: Chain, policy: AttestationPolicy) -> Out
     return passed(f"the tcb is {report.tcb}, at least {policy.minimum_tcb}")
 
 
-def validate_chip(report: Report, chain: Chain, policy: AttestationPolicy) -> Outcome:
+def validate_chip(report: Report, chain: Chain, policy: SimulatedPolicy) -> Outcome:
     if report.chip_id != chain.chip_id:
         raise EvidenceError("the report names another chip than its signer was issued for")
     chip = report.chip_id.hex()

@@ -6,9 +6,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
-from cloister_attest.policy import Any, ChipId, Measurement
+from cloister_attest.fields import Any, ChipId, Measurements, Published, Roots
 from cloister_attest.snp.products import Product, Tcb
-from cloister_data.base import Digest, Wire
+from cloister_data.base import Wire
 
 Requirement = Literal["required", "forbidden", "any"]
 """Of a bit: it must be set, it must be clear, or it isn't looked at."""
@@ -104,10 +104,11 @@ class SnpPolicy(Wire):
 
     model_config = ConfigDict(strict=True)
 
-    roots: Annotated[tuple[Digest, ...], Field(min_length=1, max_length=16)] | Literal["vendor"]
+    platform: Literal["sev-snp"] = "sev-snp"
+    roots: Roots
     intermediates: Literal["known", "any"]
     crl: Literal["required", "any"]
-    measurements: Annotated[tuple[Measurement, ...], Field(min_length=1, max_length=256)] | Any
+    measurements: Measurements | Published | Any
     debug: Literal["forbidden", "any"]
     migrate_ma: Literal["forbidden", "any"]
     smt: Requirement

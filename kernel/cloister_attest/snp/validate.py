@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 from dataclasses import dataclass
 
+from cloister_attest.fields import accepts
 from cloister_attest.outcome import EvidenceError, Outcome, not_applicable, passed
 from cloister_attest.snp.abi import REPORT_DATA_BYTES, VMPL_HOST, Report
 from cloister_attest.snp.certificates import read_leaf
@@ -42,7 +43,7 @@ def validate_listed(shown: bytes, accepted: tuple[str, ...] | str, name: str) ->
     """`shown`, in hex, is one of `accepted`, or that is "any"."""
     if accepted == "any":
         return not_applicable(f"the policy accepts any {name}")
-    if isinstance(accepted, str) or shown.hex() not in accepted:
+    if not accepts(accepted, shown.hex()):
         raise EvidenceError(f"the {name} is {shown.hex()}, which is none that the policy names")
     return passed(f"the {name} is one that the policy names")
 

@@ -10,7 +10,7 @@ from cloister_attest.result import Check, checked
 from cloister_attest.tdx import abi, chain, validate, verify
 from cloister_attest.tdx import collateral as pcs
 from cloister_attest.tdx.collateral import Collateral
-from cloister_attest.tdx.explain import CHECK_NAMES, EXPLANATIONS
+from cloister_attest.tdx.explain import TDX_CHECKS
 from cloister_attest.tdx.extension import SgxExtension
 from cloister_attest.tdx.policy import TdxPolicy
 
@@ -33,7 +33,7 @@ class _Waived(Exception):
 def appraise_tdx(
     quote: bytes, collateral: Collateral, policy: TdxPolicy, expected_report_data: bytes, at: int
 ) -> tuple[Check, ...]:
-    """Make all the checks of `CHECK_NAMES`, in this order, whatever the earlier ones came to.
+    """Make all the checks of `TDX_CHECKS`, in this order, whatever the earlier ones came to.
 
     The quote holds only where none of them has failed. Checks on Intel's documents judge what was given; whether Intel
     made it is a check of its own, so nothing of a result counts unless all of it holds.
@@ -61,52 +61,52 @@ class _Appraisal:
     def run(self) -> tuple[Check, ...]:
         policy = self._policy
         steps: dict[str, Callable[[], Outcome]] = {
-            "format": self._format,
-            "pck-chain": self._pck_chain,
-            "root": self._root,
-            "dates": self._dates,
-            "pck-extension": self._extension,
-            "root-crl": self._root_crl,
-            "pck-crl": self._pck_crl,
-            "qe-report": self._qe_report,
-            "qe-binding": self._qe_binding,
-            "signature": self._signature,
-            "qe-identity-signature": self._qe_identity_signature,
-            "qe-identity-dates": self._qe_identity_dates,
-            "qe-identity": self._qe_identity_match,
-            "qe-level": self._qe_level,
-            "tcb-info-signature": self._tcb_info_signature,
-            "tcb-info-dates": self._tcb_info_dates,
-            "tcb-info": self._tcb_info_match,
-            "module": self._module,
-            "tcb-level": self._tcb_level,
-            "report-data": lambda: validate.validate_report_data(self._report(), self._expected),
-            "debug": lambda: validate.validate_debug(self._report(), policy),
-            "sept-ve": lambda: validate.validate_sept_ve(self._report(), policy),
-            "perfmon": lambda: validate.validate_perfmon(self._report(), policy),
-            "td-attributes": lambda: validate.validate_attributes(self._report(), policy),
-            "xfam": lambda: validate.validate_xfam(self._report(), policy),
-            "mrservicetd": lambda: validate.validate_service_td(self._report(), policy),
-            "mrtd": lambda: validate.validate_measurement("MRTD", self._report().mr_td, policy.mr_td),
-            "rtmr0": lambda: validate.validate_measurement("RTMR0", self._report().rtmr[0], policy.rtmr0),
-            "rtmr1": lambda: validate.validate_measurement("RTMR1", self._report().rtmr[1], policy.rtmr1),
-            "rtmr2": lambda: validate.validate_measurement("RTMR2", self._report().rtmr[2], policy.rtmr2),
-            "rtmr3": lambda: validate.validate_measurement("RTMR3", self._report().rtmr[3], policy.rtmr3),
-            "mrconfigid": lambda: validate.validate_measurement(
+            "tdx-format": self._format,
+            "tdx-pck-chain": self._pck_chain,
+            "tdx-root": self._root,
+            "tdx-dates": self._dates,
+            "tdx-pck-extension": self._extension,
+            "tdx-root-crl": self._root_crl,
+            "tdx-pck-crl": self._pck_crl,
+            "tdx-qe-report": self._qe_report,
+            "tdx-qe-binding": self._qe_binding,
+            "tdx-signature": self._signature,
+            "tdx-qe-identity-signature": self._qe_identity_signature,
+            "tdx-qe-identity-dates": self._qe_identity_dates,
+            "tdx-qe-identity": self._qe_identity_match,
+            "tdx-qe-level": self._qe_level,
+            "tdx-tcb-info-signature": self._tcb_info_signature,
+            "tdx-tcb-info-dates": self._tcb_info_dates,
+            "tdx-tcb-info": self._tcb_info_match,
+            "tdx-module": self._module,
+            "tdx-tcb-level": self._tcb_level,
+            "tdx-report-data": lambda: validate.validate_report_data(self._report(), self._expected),
+            "tdx-debug": lambda: validate.validate_debug(self._report(), policy),
+            "tdx-sept-ve": lambda: validate.validate_sept_ve(self._report(), policy),
+            "tdx-perfmon": lambda: validate.validate_perfmon(self._report(), policy),
+            "tdx-td-attributes": lambda: validate.validate_attributes(self._report(), policy),
+            "tdx-xfam": lambda: validate.validate_xfam(self._report(), policy),
+            "tdx-mrservicetd": lambda: validate.validate_service_td(self._report(), policy),
+            "tdx-mrtd": lambda: validate.validate_measurement("MRTD", self._report().mr_td, policy.mr_td),
+            "tdx-rtmr0": lambda: validate.validate_measurement("RTMR0", self._report().rtmr[0], policy.rtmr0),
+            "tdx-rtmr1": lambda: validate.validate_measurement("RTMR1", self._report().rtmr[1], policy.rtmr1),
+            "tdx-rtmr2": lambda: validate.validate_measurement("RTMR2", self._report().rtmr[2], policy.rtmr2),
+            "tdx-rtmr3": lambda: validate.validate_measurement("RTMR3", self._report().rtmr[3], policy.rtmr3),
+            "tdx-mrconfigid": lambda: validate.validate_measurement(
                 "MRCONFIGID", self._report().mr_config_id, policy.mr_config_id
             ),
-            "mrowner": lambda: validate.validate_measurement("MROWNER", self._report().mr_owner, policy.mr_owner),
-            "mrownerconfig": lambda: validate.validate_measurement(
+            "tdx-mrowner": lambda: validate.validate_measurement("MROWNER", self._report().mr_owner, policy.mr_owner),
+            "tdx-mrownerconfig": lambda: validate.validate_measurement(
                 "MROWNERCONFIG", self._report().mr_owner_config, policy.mr_owner_config
             ),
-            "platform-status": self._platform_status,
-            "module-status": self._module_status,
-            "qe-status": self._qe_status,
-            "tcb-evaluation": self._evaluation,
-            "fmspc": lambda: validate.validate_fmspc(self._platform(), policy),
-            "collateral": self._collateral,
+            "tdx-platform-status": self._platform_status,
+            "tdx-module-status": self._module_status,
+            "tdx-qe-status": self._qe_status,
+            "tdx-tcb-evaluation": self._evaluation,
+            "tdx-fmspc": lambda: validate.validate_fmspc(self._platform(), policy),
+            "tdx-collateral": self._collateral,
         }
-        return tuple(_check(name, steps[name]) for name in CHECK_NAMES)
+        return tuple(_check(name, steps[name]) for name in TDX_CHECKS)
 
     def _format(self) -> Outcome:
         self._given_quote = quote = abi.parse_quote(self._raw)
@@ -310,4 +310,4 @@ def _check(name: str, step: Callable[[], Outcome]) -> Check:
         except _Waived as waived:
             return not_applicable(str(waived))
 
-    return checked(name, waiving, *EXPLANATIONS[name])
+    return checked(name, waiving, *TDX_CHECKS[name])

@@ -6,10 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints
 
-from cloister_attest.policy import Any, Measurement
-from cloister_data.base import Digest, Wire
-
-Measurements = Annotated[tuple[Measurement, ...], Field(min_length=1, max_length=256)]
+from cloister_attest.fields import Any, Measurements, Published, Roots
+from cloister_data.base import Wire
 
 Fmspc = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{12}$")]
 """The 6 bytes that name a family of platforms, in hex."""
@@ -60,12 +58,13 @@ class TdxPolicy(Wire):
 
     model_config = ConfigDict(strict=True)
 
-    roots: Annotated[tuple[Digest, ...], Field(min_length=1, max_length=16)] | Literal["vendor"]
-    mr_td: Measurements | Any
-    rtmr0: Measurements | Any
-    rtmr1: Measurements | Any
-    rtmr2: Measurements | Any
-    rtmr3: Measurements | Any
+    platform: Literal["tdx"] = "tdx"
+    roots: Roots
+    mr_td: Measurements | Published | Any
+    rtmr0: Measurements | Published | Any
+    rtmr1: Measurements | Published | Any
+    rtmr2: Measurements | Published | Any
+    rtmr3: Measurements | Published | Any
     mr_config_id: Measurements | Any
     mr_owner: Measurements | Any
     mr_owner_config: Measurements | Any

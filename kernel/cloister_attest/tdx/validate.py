@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hmac
 
+from cloister_attest.fields import accepts
 from cloister_attest.outcome import EvidenceError, Outcome, not_applicable, passed
 from cloister_attest.tdx.abi import REPORT_DATA_BYTES, TdReport
 from cloister_attest.tdx.collateral import IsvLevel, PlatformLevel
@@ -85,7 +86,7 @@ def validate_measurement(name: str, value: bytes, allowed: tuple[str, ...] | str
     """One of MRTD, RTMR0 to RTMR3, MRCONFIGID, MROWNER, MROWNERCONFIG against the policy's values or "any"."""
     if allowed == "any":
         return not_applicable(f"the policy accepts any {name}")
-    if value.hex() not in allowed:
+    if not accepts(allowed, value.hex()):
         raise EvidenceError(f"{name} is {value.hex()}, which the policy doesn't name")
     return passed(f"the policy names this {name}")
 

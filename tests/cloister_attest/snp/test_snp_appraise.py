@@ -13,7 +13,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, padding
 
 from cloister_attest.result import Check
-from cloister_attest.snp.appraise import SNP_CHECKS, ReportDataUnchecked, appraise_snp
+from cloister_attest.snp.appraise import ReportDataUnchecked, appraise_snp
+from cloister_attest.snp.explain import SNP_CHECKS
 from cloister_attest.snp.certificate_table import Collateral
 from cloister_attest.snp.policy import MinimumAbi, MinimumTcb, PlatformRequirements, SnpPolicy
 from cloister_attest.snp.products import PRODUCTS, Product

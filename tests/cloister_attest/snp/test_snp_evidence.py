@@ -13,7 +13,8 @@ import pytest
 
 from cloister_attest.outcome import EvidenceError
 from cloister_attest.snp import abi, verify
-from cloister_attest.snp.appraise import AUTHENTICITY, SNP_CHECKS, ReportDataUnchecked, appraise_snp
+from cloister_attest.snp.appraise import ReportDataUnchecked, appraise_snp
+from cloister_attest.snp.explain import AUTHENTICITY, SNP_CHECKS
 from cloister_attest.snp.certificate_table import Collateral
 from cloister_attest.snp.certificates import load_certificate
 from cloister_attest.snp.policy import PlatformRequirements, SnpPolicy

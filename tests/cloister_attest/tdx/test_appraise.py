@@ -11,19 +11,20 @@ from cryptography.x509 import Certificate
 from cloister_attest.tdx import abi, chain
 from cloister_attest.tdx.appraise import appraise_tdx
 from cloister_attest.tdx.collateral import Collateral
-from cloister_attest.tdx.explain import CHECK_NAMES
+from cloister_attest.tdx.explain import TDX_CHECKS
 from cloister_attest.tdx.policy import TdxPolicy
 from tests.cloister_attest.tdx import minting as m
 from tests.cloister_attest.tdx.minting import Case
 
+NAMES = tuple(name.removeprefix("tdx-") for name in TDX_CHECKS)
 TCB, MODULES, QE = m.TCB_INFO, m.TCB_INFO["tdxModuleIdentities"], m.QE_IDENTITY
 
 
 def appraised(case: Case):
     checks = appraise_tdx(case.quote, case.collateral, case.policy, case.report_data, case.at)
-    assert tuple(check.name for check in checks) == CHECK_NAMES
+    assert tuple(check.name for check in checks) == tuple(TDX_CHECKS)
     assert all(check.reason and check.explanation and check.source for check in checks)
-    return {check.name: check for check in checks}
+    return {check.name.removeprefix("tdx-"): check for check in checks}
 
 
 def failed(case: Case) -> set[str]:
@@ -367,10 +368,10 @@ def test_what_is_there_is_checked_though_the_policy_does_without():
 
 
 def test_any_is_not_applicable():
-    values = {name: "any" for name in TdxPolicy.model_fields if name not in ("roots", "fmspcs_denied", "collateral")}
+    values = {name: "any" for name in TdxPolicy.model_fields if name not in ("platform", "roots", "fmspcs_denied", "collateral")}
     checks = appraised(Case(policy=m.strict(**values)))
     waived = {name for name, check in checks.items() if check.verdict == "not-applicable"}
-    assert waived == set(CHECK_NAMES[CHECK_NAMES.index("debug") : CHECK_NAMES.index("fmspc")])
+    assert waived == set(NAMES[NAMES.index("debug") : NAMES.index("fmspc")])
     assert {check.verdict for check in checks.values()} == {"pass", "not-applicable"}
 
 

@@ -12,7 +12,7 @@ from cloister_attest.tdx import abi, chain, validate, verify
 from cloister_attest.tdx import collateral as pcs
 from cloister_attest.tdx.appraise import appraise_tdx
 from cloister_attest.tdx.collateral import Collateral
-from cloister_attest.tdx.explain import AUTHENTICATION, CHECK_NAMES
+from cloister_attest.tdx.explain import AUTHENTICATION, TDX_CHECKS
 from tests.cloister_attest.tdx.minting import permissive
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -73,7 +73,7 @@ def judge(case: dict, policy) -> set[str]:
     """The names of the failed checks; every check is answered, and with a reason."""
     quote = read(case, "quote")
     checks = appraise_tdx(quote, collateral_of(case), policy, report_data_of(quote), moment_of(case))
-    assert tuple(check.name for check in checks) == CHECK_NAMES
+    assert tuple(check.name for check in checks) == tuple(TDX_CHECKS)
     assert all(check.reason and check.explanation and check.source for check in checks)
     assert not [check.reason for check in checks if "the check itself failed" in check.reason]
     return {check.name for check in checks if check.verdict == "fail"}
@@ -91,7 +91,7 @@ def test_default_policy(case):
     failed = judge(case, default_policy())
     assert bool(failed) == (case["default_policy"] != "accept"), failed
     if case["default_policy"] == "signature-only":
-        assert "collateral" in failed
+        assert "tdx-collateral" in failed
         assert judge(case, default_policy(collateral="any")) == set()
 
 

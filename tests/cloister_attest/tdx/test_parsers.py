@@ -76,7 +76,7 @@ def test_no_byte_of_intels_documents_may_change(piece, position, bit):
     original = pcs.parse_signed(raw, member)
     # Hex digits of the signature may change their case; nothing that is signed may change at all.
     if parsed != original:
-        assert f"{piece.replace('_', '-')}-signature" in failed
+        assert f"tdx-{piece.replace('_', '-')}-signature" in failed
 
 
 @SETTINGS
@@ -85,7 +85,7 @@ def test_no_signed_byte_of_the_lists_may_change(piece, position, bit):
     raw = getattr(COLLATERAL, piece)
     changed = spoilt_within(raw, x509.load_der_x509_crl(raw).tbs_certlist_bytes, position, bit)
     checks = appraise_tdx(QUOTE, m.collateral(**{piece: changed}), POLICY, m.REPORT_DATA, m.AT)
-    assert {check.name for check in checks if check.verdict == "fail"} == {piece.replace("_", "-")}
+    assert {check.name for check in checks if check.verdict == "fail"} == {"tdx-" + piece.replace("_", "-")}
 
 
 @SETTINGS
@@ -99,7 +99,7 @@ def test_no_signed_byte_of_the_chain_may_change(index, position, bit):
     texts[index] = b"-----BEGIN CERTIFICATE-----\n" + lines + b"-----END CERTIFICATE-----\n"
     quote = m.quote(certificates=b"".join(texts))
     checks = appraise_tdx(quote, COLLATERAL, POLICY, m.REPORT_DATA, m.AT)
-    assert "pck-chain" in {check.name for check in checks if check.verdict == "fail"}
+    assert "tdx-pck-chain" in {check.name for check in checks if check.verdict == "fail"}
 
 
 @SETTINGS
