@@ -21,6 +21,7 @@ COMMANDS = (
     "policy show",
     "policy set",
     "budget show",
+    "attest measure",
     "audit search",
     "audit receipt",
     "audit export",
