@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import typer
 
+from cloister_cli.attest_collateral import fetch_collateral
+
 app = typer.Typer(no_args_is_help=True, help="Judge a machine's evidence offline, and get what that takes.")
 
 
 @app.callback()
 def _group() -> None:
     pass
+
+
+app.command("fetch-collateral")(fetch_collateral)

@@ -62,6 +62,11 @@ class CollateralStore:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
+    def get(self, piece: Piece) -> Item | None:
+        """One piece; None where there is none. Raises ConfigurationError where its file is damaged."""
+        stored = _read(self._path(piece))
+        return None if stored is None else stored.item
+
     def read_all(self) -> tuple[Item, ...]:
         """Every piece. Raises ConfigurationError for a file that is damaged."""
         return tuple(stored.item for stored in self._all())
