@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from cloister_cli.attest_measure import measure
+from cloister_cli.attest_collateral import fetch_collateral
 
 app = typer.Typer(no_args_is_help=True, help="Judge a machine's evidence offline, and get what that takes.")
 app.command()(measure)
@@ -13,3 +14,6 @@ app.command()(measure)
 @app.callback()
 def _group() -> None:
     pass
+
+
+app.command("fetch-collateral")(fetch_collateral)

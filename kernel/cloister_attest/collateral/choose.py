@@ -55,9 +55,10 @@ def snp_collateral(report: bytes, certificates: Sequence[bytes], items: Iterable
     Never raises: what is missing or can't be read is for the appraisal to say.
     """
     pool = tuple(items)
-    own = snp.Collateral() if len(certificates) > 3 else snp.Collateral.from_certificates(certificates)
-    if len(certificates) > 3:
-        return own
+    try:
+        own = snp.Collateral.from_certificates(certificates)
+    except EvidenceError:
+        return snp.Collateral()
     chosen = _chosen_snp(report, certificates, pool, at)
     vcek = chosen.get("amd-vcek")
     if own.leaf is None and vcek is not None:

@@ -94,7 +94,8 @@ def _document(item: Item) -> tuple[Dates, Age]:
             max(begins, *(signer.not_valid_before_utc for signer in signers)),
             min(ends, *(signer.not_valid_after_utc for signer in signers)),
         )
-    except ValueError as error:
+    except Exception as error:
+        # As in `load_crl`.
         raise EvidenceError("a date in the signing chain can't be read") from error
     return narrowed, Age(evaluation, begins)
 

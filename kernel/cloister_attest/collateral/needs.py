@@ -131,8 +131,8 @@ def needs_of_snp(report: bytes, certificates: Sequence[bytes], product: Product 
         raise EvidenceError("no key signed the report, so that no certificate of AMD's can prove it")
     if signer.leaf is None and key == "VLEK":
         raise EvidenceError(
-            "a VLEK signed the report, and its certificate isn't there: AMD hands it to the cloud provider alone, whose "
-            "host must pass it on with the evidence"
+            "a VLEK signed the report, and its certificate isn't there: AMD hands it to the cloud provider alone, "
+            "whose host must pass it on with the evidence"
         )
     if signer.leaf is None and signer.report.chip_id_masked:
         raise EvidenceError(
