@@ -190,6 +190,9 @@ def _check_length(report_data: bytes) -> None:
 def _der(certificate: bytes) -> bytes:
     """The certificate in DER; hosts load PEM into their tables too."""
     if certificate.lstrip().startswith(_PEM):
+        # The decoder would read over the seam between two.
+        if certificate.count(_PEM) > 1:
+            raise _unusable("table of certificates", "it holds several certificates in one place")
         try:
             certificate = ssl.PEM_cert_to_DER_cert(certificate.rstrip(b"\0").decode("ascii"))
         except ValueError as error:

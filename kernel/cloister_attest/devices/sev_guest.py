@@ -119,8 +119,8 @@ class SevGuestDevice:
         if needed > MAX_TABLE or needed <= self._table_bytes or needed % PAGE_BYTES:
             raise UnavailableError(
                 "The host's certificates don't fit into a report.",
-                why=f"It asks for {needed} bytes after {self._table_bytes}, and the kernel takes whole pages, {MAX_TABLE} "
-                "bytes at most.",
+                why=f"It asks for {needed} bytes after {self._table_bytes}, and the kernel takes whole pages, "
+                f"{MAX_TABLE} bytes at most.",
                 next_step="Have the host's operator shorten the certificate table, or leave it out.",
             )
         self._table_bytes = needed

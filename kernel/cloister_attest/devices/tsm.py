@@ -143,9 +143,9 @@ class TsmReports:
         entry = f"cloister-{os.getpid()}-{secrets.token_hex(8)}"
         try:
             self._files.make(entry)
-        except FileExistsError as error:
-            raise _Conflict("the request's name was in use") from error
         except OSError as error:
+            if error.errno in _PASSING or isinstance(error, FileExistsError):
+                raise _Conflict(f"the request couldn't be made: {_reason(error)[:-1]}") from error
             raise _absent(error) from error
         try:
             return request(entry)
@@ -176,7 +176,7 @@ class TsmReports:
         if not outblob:
             raise UnavailableError(
                 "The device made an empty report.",
-                why="The host's service that makes quotes failed, and kernels before 6.10 don't say so.",
+                why="The host's service that makes quotes failed, and older kernels don't say so.",
                 next_step="Look into the host's log of that service.",
             )
         return TsmReport(outblob, auxblob or b"")
@@ -186,10 +186,7 @@ class TsmReports:
         floor = self._optional(entry, "privlevel_floor", MAX_TEXT)
         level = 0 if floor is None else _number(floor, "privlevel_floor")
         if level > MAX_PRIVLEVEL:
-            raise UnavailableError(
-                "The device can't be asked for a report.",
-                why=f"Its lowest privilege level is {level}, over the highest.",
-            )
+            raise UnavailableError("The device can't be asked for a report.", why=f"Its privlevel_floor is {level}.")
         try:
             self._files.write(entry, "privlevel", b"%d\n" % level)
         except FileNotFoundError:
@@ -201,9 +198,7 @@ class TsmReports:
     def _expect(self, entry: str, generation: int) -> None:
         found = self._generation(entry)
         if found != generation:
-            raise _Conflict(
-                f"the request was at generation {found} instead of {generation}: another program wrote to it"
-            )
+            raise _Conflict(f"another program wrote to the request, whose generation is {found}, not {generation}")
 
     def _generation(self, entry: str) -> int:
         return _number(self._read(entry, "generation", MAX_TEXT), "generation")
@@ -250,8 +245,8 @@ def _absent(error: OSError) -> CloisterError:
     if error.errno in _GONE:
         return ConfigurationError(
             "This machine's kernel has no driver that makes evidence.",
-            why="configfs-TSM is there, and no driver has registered with it: it isn't a confidential VM, or the driver "
-            "isn't loaded.",
+            why="configfs-TSM is there, and no driver has registered with it: this isn't a confidential VM, or the "
+            "driver isn't loaded.",
             next_step="Load it (modprobe sev-guest, or modprobe tdx-guest).",
         )
     if error.errno in _FORBIDDEN:
