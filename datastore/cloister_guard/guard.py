@@ -86,7 +86,7 @@ class Guard:
         self.config = config
         self.database = open_database(config.database_url)
         log = AuditLog(Ed25519PrivateKey.generate(), origin=f"cloister/{config.name}", clock=steady_time)
-        attester = attester_for(config.platform, config.state_dir)
+        attester = attester_for(config.platform, config.state_dir, None)
         self.journal = Journal(log, Vouching(attester.writers()))
         self.ledger = Ledger(steady_time)
         self.events = EventHub()

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from cloister_attest.devices.hardware import hardware_of_this_machine
+from cloister_attest.devices.sev_guest import SEV_GUEST
+from cloister_attest.devices.tsm import TSM_ROOT
 from cloister_attest.measure import measure_trusted_packages
 from cloister_attest.policy import AttestationPolicy
 from cloister_attest.simulated.hardware import SimulatedHardware
@@ -14,8 +17,8 @@ from cloister_data.policy import Platform
 SIMULATED_ROOT_FILE = "simulated-root.pem"
 
 _DEVICES: dict[Platform, tuple[Path, ...]] = {
-    "sev-snp": (Path("/dev/sev-guest"), Path("/sys/kernel/config/tsm/report")),
-    "tdx": (Path("/dev/tdx_guest"), Path("/sys/kernel/config/tsm/report")),
+    "sev-snp": (SEV_GUEST, TSM_ROOT),
+    "tdx": (Path("/dev/tdx_guest"), TSM_ROOT),
 }
 
 
@@ -39,8 +42,11 @@ def simulated_hardware(state_dir: Path) -> SimulatedHardware:
     return SimulatedHardware.from_file(state_dir / SIMULATED_ROOT_FILE, measure_trusted_packages())
 
 
-def attester_for(platform: Platform, state_dir: Path) -> Attester:
-    """The attester of `platform`. Raises ConfigurationError where this machine or this version has none."""
+def attester_for(platform: Platform, state_dir: Path, writers: AttestationPolicy | None) -> Attester:
+    """The attester of `platform`. Raises ConfigurationError where this machine has none.
+
+    `writers` is what real machines that wrote this one's audit log must have proven; simulated ones say it themselves.
+    """
     if platform == "simulated":
         return simulated_hardware(state_dir)
     devices = _DEVICES[platform]
@@ -51,8 +57,10 @@ def attester_for(platform: Platform, state_dir: Path) -> Attester:
             "kernel lacks the driver.",
             next_step='Start it as a confidential VM, or set platform = "simulated" for a trial without real data.',
         )
-    raise ConfigurationError(
-        f"This version of Cloister doesn't collect {platform} evidence yet.",
-        why="Only simulated hardware is supported so far.",
-        next_step='Set platform = "simulated" for a trial without real data.',
-    )
+    if writers is None:
+        raise ConfigurationError(
+            f"Nothing says what a {platform} machine must have proven to write this audit log.",
+            why="Earlier starts of the guard are believed only where their evidence holds against a trust file.",
+            next_step="The configuration must name a trust file: trust = ...",
+        )
+    return hardware_of_this_machine(platform, writers)

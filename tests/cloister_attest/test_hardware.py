@@ -77,7 +77,7 @@ def test_report_data_of_another_length_is_not_signed():
 
 
 def test_the_attester_of_the_simulated_platform(tmp_path):
-    attester = attester_for("simulated", tmp_path)
+    attester = attester_for("simulated", tmp_path, None)
     assert attester.platform == "simulated"
     assert (tmp_path / SIMULATED_ROOT_FILE).exists()
     report, _ = attester.collect(bytes(64))
@@ -88,7 +88,7 @@ def test_the_attester_of_the_simulated_platform(tmp_path):
 @pytest.mark.parametrize("platform", ["sev-snp", "tdx"])
 def test_real_platforms_say_what_is_absent(platform, tmp_path):
     with pytest.raises(ConfigurationError, match=rf"(?s){platform} evidence"):
-        attester_for(platform, tmp_path)
+        attester_for(platform, tmp_path, None)
 
 
 def _tree(root, files):
