@@ -132,15 +132,14 @@ class _Appraisal:
         return passed("the report was made for this channel's key, this nonce and this audit log")
 
     def _publisher(self) -> Outcome:
-        publisher = self._policy.publisher
+        evidence, publisher = _needed(self._evidence, "the evidence"), self._policy.publisher
         if publisher == "none":
             return not_applicable("the trust file itself says which images may run")
-        envelope = _needed(self._evidence, "the evidence").reference_values
-        if envelope is None:
+        if evidence.reference_values is None:
             raise EvidenceError(
                 f"the machine shows no reference values of {publisher.image!r}: its operator must set reference_values"
             )
-        values = verify_reference_values(envelope, publisher, self._at)
+        values = verify_reference_values(evidence.reference_values, publisher, self._at)
         shown = _needed(self._claims, "the report").image
         for image in values.values:
             chosen = self._policy.with_published(image, shown)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from cloister_cli.attest_measure import measure
 from cloister_cli.attest_collateral import fetch_collateral
+from cloister_cli.attest_measure import measure
 
 app = typer.Typer(no_args_is_help=True, help="Judge a machine's evidence offline, and get what that takes.")
 app.command()(measure)

@@ -65,7 +65,9 @@ def test_the_budget(guard: RecordingGuard) -> None:
 
 
 def _result(**changes: object) -> AttestationResult:
-    checks = tuple(Check(name=name, verdict="pass", explanation="e", reason="r", source="s") for name in check_names("simulated"))
+    checks = tuple(
+        Check(name=name, verdict="pass", explanation="e", reason="r", source="s") for name in check_names("simulated")
+    )
     given: dict[str, object] = {
         "platform": "simulated",
         "simulated": True,

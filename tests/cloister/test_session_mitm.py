@@ -1,6 +1,5 @@
 """Machines in the middle. Each must be refused before a byte of a credential leaves; the control gets them all."""
 
-import json
 import re
 import time
 from dataclasses import replace

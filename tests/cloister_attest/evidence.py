@@ -27,14 +27,15 @@ from cloister_attest.outcome import EvidenceError
 from cloister_attest.result import Check
 from cloister_attest.snp import launch
 from cloister_attest.snp import verify as snp_verify
-from cloister_attest.snp.appraise import AUTHENTICITY, SNP_CHECKS, ReportDataUnchecked, appraise_snp
+from cloister_attest.snp.appraise import ReportDataUnchecked, appraise_snp
 from cloister_attest.snp.certificate_table import Collateral as SnpCollateral
 from cloister_attest.snp.certificates import load_certificate
+from cloister_attest.snp.explain import AUTHENTICITY, SNP_CHECKS
 from cloister_attest.snp.policy import PlatformRequirements, SnpPolicy
 from cloister_attest.tdx import abi as tdx_abi
 from cloister_attest.tdx.appraise import appraise_tdx
 from cloister_attest.tdx.collateral import Collateral as TdxCollateral
-from cloister_attest.tdx.explain import AUTHENTICATION, CHECK_NAMES
+from cloister_attest.tdx.explain import AUTHENTICATION, TDX_CHECKS
 from cloister_attest.tdx.policy import TdxPolicy
 from tests.cloister_attest import evidence_fields, evidence_files
 
@@ -51,6 +52,7 @@ def snp_policy(**changed: Any) -> SnpPolicy:
     """SNP: no DEBUG, no MIGRATE_MA, VMPL 0, and AMD's roots. The manifest's crypto pins no intermediates."""
     platform = PlatformRequirements.model_validate(dict.fromkeys(PlatformRequirements.model_fields, "any"))
     fields: dict[str, Any] = dict.fromkeys(SnpPolicy.model_fields, "any") | {
+        "platform": "sev-snp",
         "roots": "vendor",
         "debug": "forbidden",
         "migrate_ma": "forbidden",
@@ -66,6 +68,7 @@ def tdx_policy(**changed: Any) -> TdxPolicy:
     """TDX: no DEBUG, no PERFMON, SEPT_VE_DISABLE, no service TD, and good levels of everything, under Intel's root."""
     good = ("UpToDate", "SWHardeningNeeded")
     fields: dict[str, Any] = dict.fromkeys(TdxPolicy.model_fields, "any") | {
+        "platform": "tdx",
         "roots": "vendor",
         "fmspcs_denied": (),
         "mr_service_td": "zero-if-reported",
@@ -209,7 +212,7 @@ def tdx_failed(case: Case, policy: TdxPolicy) -> dict[str, str]:
         data = tdx_abi.parse_quote(quote).report.report_data
     except EvidenceError:
         data = bytes(tdx_abi.REPORT_DATA_BYTES)
-    return _failed(appraise_tdx(quote, collateral, policy, data, at), CHECK_NAMES)
+    return _failed(appraise_tdx(quote, collateral, policy, data, at), tuple(TDX_CHECKS))
 
 
 def _tdx(case: Case) -> list[str]:
@@ -218,7 +221,7 @@ def _tdx(case: Case) -> list[str]:
     lenient = tdx_policy(collateral="required" if complete(collateral) else "any")
     without, strict = tdx_failed(case, lenient), tdx_failed(case, tdx_policy())
     found = _verdicts(case, not without.keys() & AUTHENTICATION.keys(), not strict, without | strict)
-    if case.get("default_policy") == "signature-only" and (without or "collateral" not in strict):
+    if case.get("default_policy") == "signature-only" and (without or "tdx-collateral" not in strict):
         found.append(f"more than collateral is missing: {without or strict}")
     return found + _fields(case, lambda wanted: evidence_fields.tdx(quote, collateral))
 

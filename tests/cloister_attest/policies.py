@@ -4,6 +4,7 @@ from cloister_attest.snp.policy import MinimumAbi, MinimumTcb, PlatformRequireme
 from cloister_attest.tdx.policy import TD_ATTRIBUTES_KNOWN, XFAM_KNOWN, TdxPolicy
 
 SNP_POLICY = SnpPolicy(
+    platform="sev-snp",
     roots="vendor",
     intermediates="known",
     crl="required",
@@ -47,6 +48,7 @@ SNP_POLICY = SnpPolicy(
 )
 
 TDX_POLICY = TdxPolicy(
+    platform="tdx",
     roots="vendor",
     mr_td=("00" * 48,),
     rtmr0="any",

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from cloister_attest.appraise import appraise
 from cloister_attest.channel import make_server_identity
+from cloister_attest.checks import PLATFORM_CHECKS, check_names
 from cloister_attest.evidence import Evidence
 from cloister_attest.policy import AttestationPolicy
-from cloister_attest.checks import PLATFORM_CHECKS, check_names
 from cloister_attest.result import SIMULATED_WARNING
 from cloister_attest.simulated.hardware import SimulatedHardware
 from cloister_attest.simulated.verify import CHIP_OID

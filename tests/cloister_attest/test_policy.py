@@ -103,7 +103,7 @@ def test_real_platforms_load(hardware):
         with pytest.raises(ConfigurationError, match=f"wrong at 'hardware.{key}'"):
             AttestationPolicy.from_toml("\n".join(lines))
         with pytest.raises(ConfigurationError, match=f"wrong at 'hardware.{key}'"):
-            AttestationPolicy.from_toml("\n".join([*lines, f"{key} = 1979"]))
+            AttestationPolicy.from_toml("\n".join([*lines, f"{key} = 1.5"]))
 
 
 def test_a_publisher_and_published_values_go_together():

@@ -12,8 +12,8 @@ from fastapi.routing import APIRoute
 from starlette.routing import WebSocketRoute
 
 from cloister_attest.binding import LABEL, gpu_digest, report_data
-from cloister_attest.evidence import Evidence
 from cloister_attest.checks import check_names
+from cloister_attest.evidence import Evidence
 from cloister_attest.simulated import abi
 from cloister_data import errors, framing
 from cloister_data.checkpoint import verify_checkpoint

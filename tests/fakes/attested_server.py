@@ -22,8 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cloister_attest.binding import gpu_digest, report_data
 from cloister_attest.channel import ServerIdentity, make_server_identity
 from cloister_attest.evidence import AttestRequest, Evidence
-from cloister_attest.simulated.hardware import SimulatedHardware
-from cloister_attest.simulated.hardware import issue_root
+from cloister_attest.simulated.hardware import SimulatedHardware, issue_root
 from cloister_budget import merkle
 from cloister_data.checkpoint import key_id
 from cloister_data.consistency import ConsistencyProof, ConsistencyRequest

@@ -126,6 +126,7 @@ class SimulatedHardware:
             log_key="any",
             log_origin="any",
             hardware=SimulatedPolicy(
+                platform="simulated",
                 roots=(hashlib.sha256(self.root.public_bytes(Encoding.DER)).hexdigest(),),
                 measurements=(self.measurement.hex(),),
                 debug="forbidden",

@@ -23,7 +23,7 @@ class SimulatedPolicy(Wire):
 
     model_config = ConfigDict(strict=True)
 
-    platform: Literal["simulated"] = "simulated"
+    platform: Literal["simulated"]
     roots: Annotated[
         tuple[Annotated[Digest, Field(description="SHA-256 in lower-case hex")], ...],
         Field(min_length=1, max_length=16),

@@ -104,7 +104,7 @@ class SnpPolicy(Wire):
 
     model_config = ConfigDict(strict=True)
 
-    platform: Literal["sev-snp"] = "sev-snp"
+    platform: Literal["sev-snp"]
     roots: Roots
     intermediates: Literal["known", "any"]
     crl: Literal["required", "any"]

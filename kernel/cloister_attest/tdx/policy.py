@@ -58,7 +58,7 @@ class TdxPolicy(Wire):
 
     model_config = ConfigDict(strict=True)
 
-    platform: Literal["tdx"] = "tdx"
+    platform: Literal["tdx"]
     roots: Roots
     mr_td: Measurements | Published | Any
     rtmr0: Measurements | Published | Any

@@ -111,6 +111,7 @@ def strict_policy(minted: Minted, product: Product = "Genoa", **changes: Any) ->
         product=product, fmc=2 if product == "Turin" else "absent", bootloader=4, tee=1, snp=24, microcode=219
     )
     values: dict[str, Any] = {
+        "platform": "sev-snp",
         "roots": (minted.root_digest,),
         "intermediates": "any",
         "crl": "required",

@@ -14,8 +14,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding
 
 from cloister_attest.result import Check
 from cloister_attest.snp.appraise import ReportDataUnchecked, appraise_snp
-from cloister_attest.snp.explain import SNP_CHECKS
 from cloister_attest.snp.certificate_table import Collateral
+from cloister_attest.snp.explain import SNP_CHECKS
 from cloister_attest.snp.policy import MinimumAbi, MinimumTcb, PlatformRequirements, SnpPolicy
 from cloister_attest.snp.products import PRODUCTS, Product
 from tests.cloister_attest.snp.minted import (
@@ -295,6 +295,7 @@ def test_a_policy_that_demands_nothing_says_so_of_every_check() -> None:
         SnpPolicy.model_validate(
             fields
             | {
+                "platform": "sev-snp",
                 "roots": (plain().root_digest,),
                 "platform_info": PlatformRequirements.model_validate(platform),
                 "products_denied": (),

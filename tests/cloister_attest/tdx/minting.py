@@ -265,13 +265,14 @@ _PIECES = {
 
 def permissive(**changed) -> TdxPolicy:
     """ "any" everywhere, but for what `changed` demands."""
-    fields = dict.fromkeys(TdxPolicy.model_fields, "any") | {"roots": "vendor", "fmspcs_denied": ()}
+    fields = dict.fromkeys(TdxPolicy.model_fields, "any") | {"platform": "tdx", "roots": "vendor", "fmspcs_denied": ()}
     return TdxPolicy(**(fields | changed))
 
 
 def strict(**changed) -> TdxPolicy:
     """What the minted quote just fulfils: every field demands something."""
     fields = {
+        "platform": "tdx",
         "roots": (hashlib.sha256(ROOT.public_bytes(Encoding.DER)).hexdigest(),),
         "mr_td": ("d0" * 48,),
         **{f"rtmr{index}": (f"a{index}" * 48,) for index in range(4)},

@@ -335,7 +335,7 @@ FETCH = {
 def test_missing_collateral_says_what_to_fetch(piece):
     case = Case(collateral=m.collateral(**{piece: None}))
     wrong = [check for check in appraised(case).values() if check.verdict == "fail"]
-    assert {"collateral"} < {check.name for check in wrong}
+    assert {"tdx-collateral"} < {check.name for check in wrong}
     assert all(FETCH[piece] in check.reason for check in wrong)
 
 
@@ -368,7 +368,11 @@ def test_what_is_there_is_checked_though_the_policy_does_without():
 
 
 def test_any_is_not_applicable():
-    values = {name: "any" for name in TdxPolicy.model_fields if name not in ("platform", "roots", "fmspcs_denied", "collateral")}
+    values = {
+        name: "any"
+        for name in TdxPolicy.model_fields
+        if name not in ("platform", "roots", "fmspcs_denied", "collateral")
+    }
     checks = appraised(Case(policy=m.strict(**values)))
     waived = {name for name, check in checks.items() if check.verdict == "not-applicable"}
     assert waived == set(NAMES[NAMES.index("debug") : NAMES.index("fmspc")])
