@@ -16,9 +16,9 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from cloister.judging import judge
 from cloister.profile import Remembered
 from cloister.session import Session
-from cloister_attest.appraise import appraise
 from cloister_attest.evidence import EvidenceRecord
 from cloister_attest.policy import AttestationPolicy
 from cloister_budget.entries import COARSE_SECONDS, MAX_PAYLOAD_BYTES, GuardStarted, LeafBody
@@ -240,7 +240,7 @@ def _check_start(
         raise _wrong(f"{where} says something else than its evidence.", "The log key or the platform differs.")
     # A leaf's time is rounded down, and the evidence is from just before it.
     at = start.at + COARSE_SECONDS
-    verdict = appraise(record.evidence, policy, certificate=record.certificate, nonce=record.nonce, at=at)
+    verdict = judge(record.evidence, policy, certificate=record.certificate, nonce=record.nonce, at=at)
     if not verdict.ok:
         failed = "; ".join(f"{check.name}: {check.reason}" for check in verdict.failed)
         raise _wrong(f"{where} was by a machine that isn't proven.", f"Failed checks: {failed}.")

@@ -8,8 +8,8 @@ from typing import Literal
 from pydantic import ValidationError
 
 from cloister.connection import Caller
+from cloister.judging import judge
 from cloister.profile import read_bounded, write_private
-from cloister_attest.appraise import appraise
 from cloister_attest.evidence import EvidenceRecord
 from cloister_attest.policy import AttestationPolicy
 from cloister_budget.receipts import ReceiptError, verify_receipt
@@ -42,9 +42,7 @@ class ReceiptFile(Wire):
             raise ReceiptError(
                 "The receipt doesn't hold.", why="The evidence beside it is another guard's.", next_step=NEXT
             )
-        verdict = appraise(
-            record.evidence, policy, certificate=record.certificate, nonce=record.nonce, at=receipt.issued
-        )
+        verdict = judge(record.evidence, policy, certificate=record.certificate, nonce=record.nonce, at=receipt.issued)
         if not verdict.ok:
             failed = "; ".join(f"{check.name}: {check.reason}" for check in verdict.failed)
             raise ReceiptError(

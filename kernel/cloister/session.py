@@ -15,9 +15,9 @@ from typing import Self
 import httpx
 from pydantic import ValidationError
 
+from cloister.judging import judge
 from cloister.profile import CONNECT, Address, Profile, load
 from cloister.transport import API, TIMEOUT, Transport
-from cloister_attest.appraise import appraise
 from cloister_attest.channel import fetch_certificate, pinned_context
 from cloister_attest.evidence import MAX_EVIDENCE_JSON, AttestRequest, Evidence
 from cloister_attest.policy import AttestationPolicy
@@ -123,7 +123,7 @@ class Session:
         known = self.profile.remembered()
         request = AttestRequest.fresh()
         answer = self._ask(request)
-        verdict = appraise(answer, self._policy, certificate=self.certificate, nonce=request.nonce, at=int(time.time()))
+        verdict = judge(answer, self._policy, certificate=self.certificate, nonce=request.nonce, at=int(time.time()))
         if not verdict.ok:
             raise _refused(self.url, verdict)
         evidence = Evidence.from_json(answer)

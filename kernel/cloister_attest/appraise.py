@@ -13,8 +13,8 @@ from cloister_attest.binding import gpu_digest, report_data
 from cloister_attest.channel import spki_of
 from cloister_attest.checks import AFTER, BEFORE, PLATFORM_CHECKS
 from cloister_attest.collateral.items import Item
-from cloister_attest.evidence import Evidence
-from cloister_attest.outcome import EvidenceError, Outcome, not_applicable, passed
+from cloister_attest.evidence import LOG_KEY_BYTES, Evidence
+from cloister_attest.outcome import EvidenceError, Outcome, ReportDataUnchecked, not_applicable, passed
 from cloister_attest.platforms import Claims, appraise_hardware, claims_of
 from cloister_attest.policy import AttestationPolicy, HardwarePolicy
 from cloister_attest.reference_values import verify_reference_values
@@ -51,6 +51,36 @@ def appraise(
     return _Appraisal(evidence, policy, certificate, nonce, at, tuple(cached)).run()
 
 
+def appraise_report(
+    platform: Platform,
+    report: bytes,
+    certificates: tuple[bytes, ...],
+    policy: AttestationPolicy,
+    *,
+    expected_report_data: bytes | ReportDataUnchecked,
+    at: int,
+    cached: Iterable[Item] = (),
+    reference_values: bytes | None = None,
+) -> AttestationResult:
+    """Judge a report or quote that came without a channel: from a file, say.
+
+    Makes the checks of `appraise`. What a report alone can't show is not applicable where the trust file doesn't demand
+    it, and fails where it does.
+
+    Args:
+        platform: whose report it is.
+        report, certificates: as in `Evidence`.
+        policy: the trust file.
+        expected_report_data: the 64 bytes that the report must have been made for, or why that isn't compared.
+        at: the moment to verify at, Unix seconds.
+        cached: collateral at hand.
+        reference_values: what the image's publisher signed, if that is at hand.
+    """
+    return _ReportAppraisal(
+        platform, report, certificates, policy, expected_report_data, at, tuple(cached), reference_values
+    ).run()
+
+
 class _Appraisal:
     """One appraisal. What a check has proven is kept for the checks after it."""
 
@@ -68,7 +98,7 @@ class _Appraisal:
         self._demanded: HardwarePolicy = policy.hardware
         self._evidence: Evidence | None = None
         self._claims: Claims | None = None
-        self._expected = b""
+        self._expected: bytes | ReportDataUnchecked = b""
         self._checkpoint: Checkpoint | None = None
 
     def run(self) -> AttestationResult:
@@ -92,7 +122,7 @@ class _Appraisal:
             chip=claims.chip if claims else "",
             tcb=claims.tcb if claims else "",
             verified_at=self._at,
-            certificate=hashlib.sha256(self._certificate).hexdigest(),
+            certificate=hashlib.sha256(self._certificate).hexdigest() if self._certificate else "",
             checkpoint=evidence.checkpoint if evidence and self._checkpoint else "",
         )
 
@@ -118,14 +148,14 @@ class _Appraisal:
 
     def _binding(self) -> Outcome:
         evidence = _needed(self._evidence, "the evidence")
-        self._expected = report_data(
+        self._expected = expected = report_data(
             spki_of(self._certificate),
             self._nonce,
             gpu_digest(evidence.gpu),
             evidence.checkpoint.encode(),
             evidence.log_key,
         )
-        if not hmac.compare_digest(self._expected, _needed(self._claims, "the report").report_data):
+        if not hmac.compare_digest(expected, _needed(self._claims, "the report").report_data):
             raise EvidenceError(
                 "the report was made for another key, another nonce or another audit log: it may be relayed or replayed"
             )
@@ -180,6 +210,50 @@ class _Appraisal:
             raise EvidenceError("the audit log has another name than the trust file names")
         self._checkpoint = checkpoint
         return passed(f"the audit log's key signed a checkpoint over {checkpoint.size} entries")
+
+
+class _ReportAppraisal(_Appraisal):
+    """The appraisal of a report without a channel, a log, or a GPU."""
+
+    def __init__(
+        self,
+        platform: Platform,
+        report: bytes,
+        certificates: tuple[bytes, ...],
+        policy: AttestationPolicy,
+        expected: bytes | ReportDataUnchecked,
+        at: int,
+        cached: tuple[Item, ...],
+        reference_values: bytes | None,
+    ) -> None:
+        alone = Evidence(
+            platform=platform,
+            report=report,
+            certificates=certificates,
+            checkpoint="",
+            log_key=bytes(LOG_KEY_BYTES),
+            reference_values=reference_values,
+        )
+        super().__init__(alone, policy, b"", b"", at, cached)
+        self._expected = expected
+
+    def _binding(self) -> Outcome:
+        shown, expected = _needed(self._claims, "the report").report_data, self._expected
+        if isinstance(expected, ReportDataUnchecked):
+            return not_applicable(expected.reason)
+        if not hmac.compare_digest(expected, shown):
+            raise EvidenceError("the report was made for other report data: it may be relayed or replayed")
+        return passed("the report was made for the expected report data")
+
+    def _gpu(self) -> Outcome:
+        if self._policy.gpu == "required":
+            raise EvidenceError("the trust file demands a confidential GPU, and a report alone shows none")
+        return not_applicable("a report alone shows no GPU, and the trust file demands none")
+
+    def _log(self) -> Outcome:
+        if (self._policy.log_key, self._policy.log_origin) != ("any", "any"):
+            raise EvidenceError("the trust file names an audit log, and a report alone shows none")
+        return not_applicable("a report alone shows no audit log, and the trust file names none")
 
 
 _TITLES: dict[Platform, str] = {

@@ -26,3 +26,14 @@ def passed(reason: str) -> Outcome:
 
 def not_applicable(reason: str) -> Outcome:
     return Outcome("not-applicable", reason)
+
+
+@dataclass(frozen=True)
+class ReportDataUnchecked:
+    """The caller doesn't compare REPORT_DATA here, for this reason: the report may be relayed or replayed."""
+
+    reason: str
+
+    def __post_init__(self) -> None:
+        if not self.reason.strip():
+            raise ValueError("report data goes unchecked only for a stated reason")

@@ -10,8 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cloister_attest.collateral.choose import snp_collateral, tdx_collateral
-from cloister_attest.collateral.items import Item
+from cloister_attest.collateral.items import Item, Kind
+from cloister_attest.collateral.needs import Need, needs_of_snp
 from cloister_attest.evidence import Evidence
+from cloister_attest.outcome import EvidenceError, ReportDataUnchecked
 from cloister_attest.policy import HardwarePolicy
 from cloister_attest.reference_values import ImageValues, SimulatedImage, SnpImage, TdxImage
 from cloister_attest.result import Check
@@ -65,17 +67,42 @@ def claims_of(platform: Platform, report: bytes) -> Claims:
 
 
 def appraise_hardware(
-    evidence: Evidence, policy: HardwarePolicy, expected: bytes, cached: Iterable[Item], at: int
+    evidence: Evidence, policy: HardwarePolicy, expected: bytes | ReportDataUnchecked, cached: Iterable[Item], at: int
 ) -> tuple[Check, ...]:
     """Make the checks of the policy's platform, which the evidence must be of.
 
-    `expected` are the 64 bytes that the report must have been made for; `cached` is the collateral at hand besides
-    what came with the evidence.
+    `expected` are the 64 bytes that the report must have been made for, or why they aren't compared; `cached` is the
+    collateral at hand besides what came with the evidence.
     """
     report, certificates, items = evidence.report, evidence.certificates, (*cached, *evidence.collateral)
     if isinstance(policy, SimulatedPolicy):
         return appraise_simulated(report, certificates, policy, at)
     if isinstance(policy, SnpPolicy):
         collateral = snp_collateral(report, certificates, items, at)
-        return appraise_snp(report, collateral, policy, expected_report_data=expected, at=at)
+        checks = appraise_snp(report, collateral, policy, expected_report_data=expected, at=at)
+        return _with_sources(checks, report, certificates)
     return appraise_tdx(report, tdx_collateral(report, items, at), policy, expected, at)
+
+
+_FETCHED: dict[str, tuple[Kind, ...]] = {
+    "snp-certificates": ("amd-vcek", "amd-ask", "amd-asvk", "amd-ark"),
+    "snp-revocation": ("amd-crl",),
+}
+"""The checks that a document of AMD's key distribution service can mend, and which."""
+
+
+def _with_sources(checks: tuple[Check, ...], report: bytes, certificates: tuple[bytes, ...]) -> tuple[Check, ...]:
+    """The checks, where those that lack AMD's documents say where these are to be had."""
+    if not any(check.verdict == "fail" and check.name in _FETCHED for check in checks):
+        return checks
+    try:
+        needs = needs_of_snp(report, certificates)
+    except EvidenceError:
+        return checks
+    return tuple(_with_source(check, needs) for check in checks)
+
+
+def _with_source(check: Check, needs: tuple[Need, ...]) -> Check:
+    kinds = _FETCHED.get(check.name, ()) if check.verdict == "fail" else ()
+    urls = dict.fromkeys(need.url for need in needs if need.kind in kinds)
+    return check.model_copy(update={"reason": f"{check.reason}: fetch {', '.join(urls)}"[:4000]}) if urls else check

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import UTC, datetime
 from html import escape
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -42,7 +42,8 @@ class AttestationResult(Wire):
 
     `measurement` and `chip` are hex and `tcb` is the security version of the platform in words, as the report states
     them (empty where it doesn't, or can't be read); they are proven only where `ok` holds. `certificate` is the SHA-256
-    of the TLS certificate whose key the evidence was checked against; `checkpoint` is the audit log's signed note.
+    of the TLS certificate whose key the evidence was checked against, empty for a report without a channel;
+    `checkpoint` is the audit log's signed note.
     """
 
     platform: Platform | None
@@ -52,7 +53,7 @@ class AttestationResult(Wire):
     chip: Annotated[str, Field(pattern=r"^[0-9a-f]{0,128}$")]
     tcb: Text
     verified_at: UnixSeconds
-    certificate: Digest
+    certificate: Digest | Literal[""]
     checkpoint: Annotated[str, Field(max_length=8192)]
 
     @property
@@ -72,13 +73,13 @@ class AttestationResult(Wire):
     def table(self) -> str:
         """The verdict as plain text."""
         lines = [SIMULATED_WARNING, ""] if self.simulated else []
-        lines += [self._headline(), ""]
+        lines += [self.headline, ""]
         widest = max((len(check.name) for check in self.checks), default=0)
         lines += [
             f"{number:>3}  {_MARKS[check.verdict]:<4}  {check.name:<{widest}}  {check.reason}"
             for number, check in enumerate(self.checks, 1)
         ]
-        lines += ["", *(f"{name}: {value}" for name, value in self._facts())]
+        lines += ["", *(f"{name}: {value}" for name, value in self.facts)]
         return "\n".join(_printable(line) for line in lines)
 
     def _repr_html_(self) -> str:
@@ -98,28 +99,32 @@ class AttestationResult(Wire):
         )
         facts = "".join(
             f'<li>{escape(name)}: <code style="overflow-wrap:anywhere">{escape(_printable(value))}</code></li>'
-            for name, value in self._facts()
+            for name, value in self.facts
         )
         return (
-            f'<div class="cloister-attestation">{warning}<p><b>{escape(self._headline())}</b></p>'
+            f'<div class="cloister-attestation">{warning}<p><b>{escape(self.headline)}</b></p>'
             f"<table><thead><tr><th></th><th>verdict</th><th>check</th><th>why</th></tr></thead>"
             f"<tbody>{rows}</tbody></table><ul>{facts}</ul></div>"
         )
 
-    def _headline(self) -> str:
+    @property
+    def headline(self) -> str:
+        """The verdict in a line."""
         when = _when(self.verified_at)
         if self.ok:
             return f"Verified: the evidence holds ({self.platform}, {when})."
         failed = ", ".join(check.name for check in self.failed) or "checks are missing"
         return f"REFUSED: the evidence doesn't hold ({failed}; {when})."
 
-    def _facts(self) -> list[tuple[str, str]]:
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """What the report says of the machine, as (name, value)."""
         return [
             ("platform", self.platform or "unknown"),
             ("measurement", self.measurement or "unknown"),
             ("chip", self.chip or "unknown"),
             ("tcb", self.tcb or "unknown"),
-            ("certificate", self.certificate),
+            ("certificate", self.certificate or "none: a report without a channel"),
         ]
 
 

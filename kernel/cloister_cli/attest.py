@@ -6,9 +6,15 @@ import typer
 
 from cloister_cli.attest_collateral import fetch_collateral
 from cloister_cli.attest_measure import measure
+from cloister_cli.attest_publish import publish
+from cloister_cli.attest_trust import trust
+from cloister_cli.attest_verify import verify
 
 app = typer.Typer(no_args_is_help=True, help="Judge a machine's evidence offline, and get what that takes.")
+app.command()(verify)
+app.command()(trust)
 app.command()(measure)
+app.command()(publish)
 
 
 @app.callback()

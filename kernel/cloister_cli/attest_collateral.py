@@ -13,6 +13,7 @@ import httpx
 import typer
 
 from cloister import profile
+from cloister.judging import collateral_store
 from cloister_attest.collateral.dates import dates_of, utc
 from cloister_attest.collateral.fetch import Hosts, fetch, open_client
 from cloister_attest.collateral.items import MAX_CONTENT, Item
@@ -141,7 +142,7 @@ def fetch_collateral(
 
     Exit status 1 where a piece is missing or has expired; the others are kept.
     """
-    store = CollateralStore(to if to is not None else profile.home() / "collateral")
+    store = collateral_store(to)
     now = int(time.time())
     if listing:
         _list(store, now, as_json)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cloister_attest.outcome import EvidenceError, Outcome, not_applicable, passed
+from cloister_attest.outcome import EvidenceError, Outcome, ReportDataUnchecked, not_applicable, passed
 from cloister_attest.result import Check, checked
 from cloister_attest.snp import abi, validate, verify
 from cloister_attest.snp.certificate_table import Collateral
 from cloister_attest.snp.explain import SNP_CHECKS
 from cloister_attest.snp.policy import SnpPolicy
 from cloister_attest.snp.products import Product
-from cloister_attest.snp.validate import ReportDataUnchecked
 
 
 def appraise_snp(

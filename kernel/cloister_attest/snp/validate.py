@@ -7,26 +7,14 @@ The field names, and what they mean, are those of AMD 56860, tables ATTESTATION_
 from __future__ import annotations
 
 import hmac
-from dataclasses import dataclass
 
 from cloister_attest.fields import accepts
-from cloister_attest.outcome import EvidenceError, Outcome, not_applicable, passed
+from cloister_attest.outcome import EvidenceError, Outcome, ReportDataUnchecked, not_applicable, passed
 from cloister_attest.snp.abi import REPORT_DATA_BYTES, VMPL_HOST, Report
 from cloister_attest.snp.certificates import read_leaf
 from cloister_attest.snp.policy import Minimums, Requirement, SnpPolicy
 from cloister_attest.snp.products import Product, decode_tcb
 from cloister_attest.snp.verify import Chain, verify_chip
-
-
-@dataclass(frozen=True)
-class ReportDataUnchecked:
-    """The caller doesn't compare REPORT_DATA here, for this reason: the report may be relayed or replayed."""
-
-    reason: str
-
-    def __post_init__(self) -> None:
-        if not self.reason.strip():
-            raise ValueError("report data goes unchecked only for a stated reason")
 
 
 def validate_report_data(report: Report, expected: bytes | ReportDataUnchecked) -> Outcome:

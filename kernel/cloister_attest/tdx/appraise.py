@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
-from cloister_attest.outcome import EvidenceError, Outcome, not_applicable, passed
+from cloister_attest.outcome import EvidenceError, Outcome, ReportDataUnchecked, not_applicable, passed
 from cloister_attest.result import Check, checked
 from cloister_attest.tdx import abi, chain, validate, verify
 from cloister_attest.tdx import collateral as pcs
@@ -31,7 +31,11 @@ class _Waived(Exception):
 
 
 def appraise_tdx(
-    quote: bytes, collateral: Collateral, policy: TdxPolicy, expected_report_data: bytes, at: int
+    quote: bytes,
+    collateral: Collateral,
+    policy: TdxPolicy,
+    expected_report_data: bytes | ReportDataUnchecked,
+    at: int,
 ) -> tuple[Check, ...]:
     """Make all the checks of `TDX_CHECKS`, in this order, whatever the earlier ones came to.
 
@@ -42,7 +46,7 @@ def appraise_tdx(
         quote: as the hardware made it; zeros may follow.
         collateral: what Intel publishes about the platform.
         policy: what the relying party demands.
-        expected_report_data: the 64 bytes that the quote must have been made over.
+        expected_report_data: the 64 bytes that the quote must have been made over, or why that is checked elsewhere.
         at: the moment to verify at, Unix seconds.
     """
     return _Appraisal(quote, collateral, policy, expected_report_data, at).run()
@@ -51,7 +55,9 @@ def appraise_tdx(
 class _Appraisal:
     """One appraisal. What a check has read is kept for the checks after it."""
 
-    def __init__(self, raw: bytes, pieces: Collateral, policy: TdxPolicy, expected: bytes, at: int) -> None:
+    def __init__(
+        self, raw: bytes, pieces: Collateral, policy: TdxPolicy, expected: bytes | ReportDataUnchecked, at: int
+    ) -> None:
         self._raw, self._pieces, self._policy, self._expected, self._at = raw, pieces, policy, expected, at
         self._given_quote: abi.Quote | None = None
         self._given_chain: chain.PckChain | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hmac
 
 from cloister_attest.fields import accepts
-from cloister_attest.outcome import EvidenceError, Outcome, not_applicable, passed
+from cloister_attest.outcome import EvidenceError, Outcome, ReportDataUnchecked, not_applicable, passed
 from cloister_attest.tdx.abi import REPORT_DATA_BYTES, TdReport
 from cloister_attest.tdx.collateral import IsvLevel, PlatformLevel
 from cloister_attest.tdx.extension import SgxExtension
@@ -28,7 +28,9 @@ def number(flags: bytes) -> int:
     return int.from_bytes(flags, "little")
 
 
-def validate_report_data(report: TdReport, expected: bytes) -> Outcome:
+def validate_report_data(report: TdReport, expected: bytes | ReportDataUnchecked) -> Outcome:
+    if isinstance(expected, ReportDataUnchecked):
+        return not_applicable(expected.reason)
     if len(expected) != REPORT_DATA_BYTES:
         raise EvidenceError(f"{len(expected)} bytes of report data are expected, where {REPORT_DATA_BYTES} belong")
     if not hmac.compare_digest(report.report_data, expected):
