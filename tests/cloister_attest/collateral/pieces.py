@@ -50,16 +50,19 @@ def snp_items(product: Any = "Genoa", kind: Any = "VCEK", version: int = 5) -> t
     )
 
 
+@cache
 def root_crl(begin: datetime = intel.BEGIN, end: datetime = intel.END) -> Item:
     content = intel.revocation_list(intel.ROOT, intel.ROOT_KEY, begin=begin, end=end)
     return Item(kind="intel-root-crl", name="root", content=content, chain=b"")
 
 
+@cache
 def pck_crl(begin: datetime = intel.BEGIN, end: datetime = intel.END) -> Item:
     content = intel.revocation_list(intel.CA, intel.CA_KEY, begin=begin, end=end)
     return Item(kind="intel-pck-crl", name="platform", content=content, chain=b"")
 
 
+@cache
 def tcb_info(
     begin: datetime = intel.BEGIN, end: datetime = intel.END, evaluation: int = 18, chain: bytes | None = None
 ) -> Item:
@@ -73,6 +76,7 @@ def tcb_info(
     return Item(kind="intel-tcb-info", name=intel.FMSPC.hex(), content=intel.document("tcbInfo", value), chain=signers)
 
 
+@cache
 def qe_identity() -> Item:
     content = intel.document("enclaveIdentity", intel.QE_IDENTITY)
     return Item(kind="intel-qe-identity", name="td", content=content, chain=intel.pem(intel.TCB_SIGNER, intel.ROOT))

@@ -58,7 +58,7 @@ def test_what_can_t_be_dated_is_an_evidence_error() -> None:
             dates_of(item)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.sampled_from(KINDS), st.binary(min_size=1, max_size=200), st.binary(max_size=80), st.integers(0, 2000))
 def test_hostile_bytes_are_never_more_than_an_evidence_error(
     kind: Kind, noise: bytes, chain: bytes, position: int
