@@ -52,7 +52,7 @@ def read_shown(where: str) -> Shown:
 
 
 def parse_shown(content: bytes, name: str) -> Shown:
-    """Evidence, an evidence record or a receipt (JSON); an SNP report, or one with its certificates; a TDX quote.
+    """Evidence, an evidence record or a receipt (JSON), an SNP report with or without certificates, or a TDX quote.
 
     Raises ConfigurationError, which says `name`, for anything else.
     """
