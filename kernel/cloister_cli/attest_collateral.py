@@ -269,7 +269,7 @@ def _report(run: _Run, as_json: bool) -> None:
         )
         say(f"Kept in {run.store.directory}.")
     elif not run.failures:
-        say("Nothing is needed: the hardware is simulated.")
+        say("Nothing is needed, and nothing was kept.")
     for each in run.failures:
         say(f"Missing: {each['what']}. {each['why']}" + (f" {each['url']}" if each["url"] else ""))
 

@@ -107,9 +107,10 @@ def _block(der: bytes) -> Item | None:
         certificate = load_certificate(der, "file")
     except EvidenceError:
         try:
-            return _list(der)
+            issuer = load_crl(der).issuer
         except EvidenceError as error:
             raise EvidenceError("it can be read neither as a certificate nor as a revocation list") from error
+        return _list(issuer, der)
     return _certificate(certificate, der)
 
 
@@ -134,8 +135,7 @@ def _certificate(certificate: x509.Certificate, der: bytes) -> Item | None:
     raise EvidenceError("it is a certificate of AMD's, and neither an ARK, an ASK, an ASVK nor a VCEK")
 
 
-def _list(der: bytes) -> Item:
-    issuer = load_crl(der).issuer
+def _list(issuer: x509.Name, der: bytes) -> Item:
     for attribute in issuer.get_attributes_for_oid(NameOID.COMMON_NAME):
         for product in PRODUCTS:
             if attribute.value == f"ARK-{product}":
