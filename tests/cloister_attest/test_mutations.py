@@ -17,6 +17,7 @@ import base64
 import os
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -355,3 +356,20 @@ def _replaced(raw: bytes, old: bytes, new: bytes) -> bytes:
         if form.encode() in raw:
             return raw.replace(form.encode(), new.hex().encode(), 1)
     raise AssertionError("the document doesn't hold its signature in one case")
+
+
+def test_a_certificate_that_cryptography_warns_about_is_judged_all_the_same() -> None:
+    """A country of other length, a number that isn't positive: no warning leaves, and one of its checks fails."""
+    for name, old, new in (
+        ("intermediate", b"\x06\x03U\x04\x06\x13\x02US", b"\x06\x03U\x04\x0a\x13\x02US"),
+        ("intermediate", b"\x06\x03U\x04\x0b", b"\x06\x03U\x04\x06"),
+        ("root", b"\x06\x03U\x04\x0b", b"\x06\x03U\x04\x06"),
+        ("intermediate", b"\x02\x03\x01\x00\x01", b"\x02\x03\x81\x00\x01"),
+        ("root", b"\x02\x03\x01\x00\x00", b"\x02\x03\x81\x00\x00"),
+    ):
+        part = parts("snp", "minted")[name]
+        assert old in part.content, (name, old)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            assert failed(part.appraise(part.content.replace(old, new, 1))) & part.checks
+        assert not seen

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.hashes import SHA384
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from cloister_attest.outcome import EvidenceError
+from cloister_attest.quiet import parse_all, quietly
 from cloister_attest.simulated.abi import CHIP_ID_BYTES, Report
 
 CHIP_OID = x509.ObjectIdentifier("2.25.188846109254116530853034107215372716853")
@@ -81,7 +82,11 @@ def verify_signature(report: Report, chain: Chain) -> None:
 
 def _load(der: bytes) -> x509.Certificate:
     try:
-        return x509.load_der_x509_certificate(der)
+        with quietly():
+            certificate = parse_all(x509.load_der_x509_certificate(der))
+            # Unknown algorithms are noticed where they are first asked for: better here than within a check.
+            _ = certificate.signature_hash_algorithm
+            return certificate
     except Exception as error:
         # cryptography raises several classes for malformed certificates; each of them means the same here.
         raise EvidenceError("a certificate of the chain can't be read") from error
