@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA384
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from cloister_attest.certificates import parse_all, quietly, whole_signature
 from cloister_attest.outcome import EvidenceError
-from cloister_attest.quiet import parse_all, quietly
 from cloister_attest.simulated.abi import CHIP_ID_BYTES, Report
 
 CHIP_OID = x509.ObjectIdentifier("2.25.188846109254116530853034107215372716853")
@@ -94,6 +94,8 @@ def _load(der: bytes) -> x509.Certificate:
 
 def _issued_by(certificate: x509.Certificate, issuer: x509.Certificate, otherwise: str) -> None:
     try:
+        if not whole_signature(certificate):
+            raise InvalidSignature
         certificate.verify_directly_issued_by(issuer)
     except (InvalidSignature, ValueError, TypeError) as error:
         raise EvidenceError(otherwise) from error

@@ -13,11 +13,10 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.hashes import SHA384
-from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID, SignatureAlgorithmOID
 
+from cloister_attest.certificates import parse_all, quietly, whole_signature
 from cloister_attest.outcome import EvidenceError
-from cloister_attest.quiet import parse_all, quietly
 from cloister_attest.snp.products import HWID_BYTES, PRODUCTS, TCB_LAYOUT, Component, Product
 
 MAX_CERTIFICATE = 16 << 10
@@ -159,8 +158,7 @@ def verify_signed_by(
         raise EvidenceError(f"the {name} names another issuer than the {issuer_name}")
     if signed.signature_algorithm_oid != SignatureAlgorithmOID.RSASSA_PSS:
         raise EvidenceError(f"the {name} isn't signed with RSASSA-PSS")
-    # X.690, 8.6.2: the byte before a bit string counts the bits that don't belong to it.
-    if not signed.public_bytes(Encoding.DER).endswith(b"\0" + signed.signature):
+    if not whole_signature(signed):
         raise EvidenceError(f"the {name}'s signature isn't whole bytes")
     key = issuer.public_key()
     if not isinstance(key, rsa.RSAPublicKey):

@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA384
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from cloister_attest.certificates import quietly, serial_number
 from cloister_attest.outcome import EvidenceError
-from cloister_attest.quiet import quietly, serial_number
 from cloister_attest.snp.abi import CHIP_ID_BYTES, Report
 from cloister_attest.snp.certificate_table import Collateral
 from cloister_attest.snp.certificates import (

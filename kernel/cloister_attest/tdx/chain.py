@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
+from cloister_attest.certificates import parse_all, quietly, serial_number, whole_signature
 from cloister_attest.outcome import EvidenceError
-from cloister_attest.quiet import parse_all, quietly, serial_number
 from cloister_attest.tdx.extension import SGX_EXTENSION_OID, SgxExtension, parse_extension
 
 INTEL_SGX_ROOT = "44a0196b2b99f889b8e149e95b807a350e7424964399e885a7cbb8ccfab674d3"
@@ -228,6 +228,8 @@ def _verify_links(certificates: tuple[x509.Certificate, ...]) -> None:
         try:
             if not isinstance(certificate.signature_hash_algorithm, SHA256):
                 raise EvidenceError(f"the certificate of {_common_name(certificate)} isn't signed with SHA-256")
+            if not whole_signature(certificate):
+                raise EvidenceError(f"the signature of {_common_name(certificate)} isn't whole bytes")
             certificate.verify_directly_issued_by(issuer)
         except EvidenceError:
             raise
@@ -282,6 +284,6 @@ def _common_name(certificate: x509.Certificate) -> str:
 
 def _crl_signed(crl: x509.CertificateRevocationList, key: ec.EllipticCurvePublicKey) -> bool:
     try:
-        return crl.is_signature_valid(key)
+        return whole_signature(crl) and crl.is_signature_valid(key)
     except Exception:
         return False

@@ -1,4 +1,4 @@
-"""Reading certificates and lists that cryptography warns about: no warning leaves, whatever the bytes say.
+"""Reading certificates and lists, hostile ones too: what cryptography itself lets pass, or only warns about.
 
 AMD numbers every VCEK 0, which is no fault here. A name whose parts have lengths that no name has (a country of eleven
 letters) is: cryptography would warn each time that anybody looks at the name, so it isn't read at all.
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 _loading = threading.RLock()
 
@@ -41,3 +42,11 @@ def serial_number(certificate: x509.Certificate) -> int:
     """The certificate's number, which needn't be positive."""
     with quietly():
         return certificate.serial_number
+
+
+def whole_signature(signed: x509.Certificate | x509.CertificateRevocationList) -> bool:
+    """Whether the signature is whole bytes (X.690, 8.6.2: the byte before a bit string counts its unused bits).
+
+    cryptography doesn't look at that byte, so that it could be changed without anybody's notice.
+    """
+    return signed.public_bytes(Encoding.DER).endswith(b"\0" + signed.signature)
