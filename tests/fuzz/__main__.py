@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,16 @@ def fuzzed(atheris: Any, name: str, target: Any, runs: int | None, seconds: int)
 
 def _child(atheris: Any, home: Path, target: Any, runs: int | None, seconds: int) -> None:
     """Never returns: atheris ends the process."""
+
+    def run(data: bytes) -> None:
+        try:
+            target.run(data)
+        except BaseException:
+            (home / "finding-exception").write_bytes(data)
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(77)
+
     try:
         log = os.open(home / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(log, 1)
@@ -104,7 +115,7 @@ def _child(atheris: Any, home: Path, target: Any, runs: int | None, seconds: int
             f"-artifact_prefix={home}/finding-",
             "-print_final_stats=1",
         ]
-        atheris.Setup(["tests.fuzz", *options, str(home / "corpus")], target.run)
+        atheris.Setup(["tests.fuzz", *options, str(home / "corpus")], run)
         atheris.Fuzz()
     finally:
         os._exit(70)

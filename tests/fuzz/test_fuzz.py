@@ -44,7 +44,7 @@ def test_a_fault_is_found() -> None:
     done = fuzz("--runs", "2000000", "--target", "control")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "IndexError" in done.stdout
-    assert "input (finding-crash-" in done.stdout
+    assert "input (finding-exception): UlBSV" in done.stdout
     assert "1 targets, 1 with findings: control" in done.stdout
 
 
