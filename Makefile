@@ -8,7 +8,7 @@ CONSTRAINTS := requirements/constraints.txt
 STAMP := $(VENV)/.installed
 DEMO_STATE ?= .demo
 
-.PHONY: help setup demo lab test check bench crash
+.PHONY: help setup demo lab test check bench long
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -42,5 +42,7 @@ bench: $(STAMP) ## Run every benchmark
 		$(BIN)/python -m "tests.benchmarks.$$(basename "$$file" .py)" || exit 1; \
 	done; [ $$found = 1 ] || echo "There are no benchmarks yet."
 
-crash: $(STAMP) ## Kill a guard 500 times on each database, and check the accounts after each
+long: $(STAMP) ## What takes hours: 500 kills on each database, every bit of signed evidence, an hour of fuzzing
 	CLOISTER_KILLS=500 $(BIN)/python -m pytest tests/cloister_budget/test_crash.py
+	CLOISTER_EXHAUSTIVE=1 $(BIN)/python -m pytest tests/cloister_attest/test_mutations.py
+	$(BIN)/python -m tests.fuzz --seconds 3600

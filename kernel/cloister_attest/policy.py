@@ -36,6 +36,7 @@ _PUBLISHED: dict[Platform, dict[str, str]] = {
 
 FORMAT = 2
 MAX_TRUST_FILE = 1 << 20
+MAX_DOTS = 100
 
 
 class AttestationPolicy(Wire):
@@ -97,6 +98,7 @@ class AttestationPolicy(Wire):
     def from_toml(cls, text: str, name: str = "the trust file") -> Self:
         """Raises ConfigurationError that names the first wrong key."""
         try:
+            _shallow(text)
             # Through JSON, where pydantic's strict mode knows arrays; TOML's dates have no place in a trust file.
             return cls.from_json(json.dumps(tomllib.loads(text)))
         except ValidationError as error:
@@ -158,6 +160,12 @@ def _toml(value: object) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"
     return json.dumps(value)
+
+
+def _shallow(text: str) -> None:
+    """Raises ValueError for a key of many parts: tomllib's time grows with the square of their number."""
+    if any(line.count(".") > MAX_DOTS for line in text.splitlines()):
+        raise ValueError(f"a line has more than {MAX_DOTS} dots")
 
 
 _MODELS: dict[str, type[BaseModel]] = {"simulated": SimulatedPolicy, "sev-snp": SnpPolicy, "tdx": TdxPolicy}

@@ -1,6 +1,6 @@
 """A guard that is killed at any moment: what it relied on is there, nothing is half-written, nothing is cheaper.
 
-`make crash` kills 500 on each database (CLOISTER_KILLS); a plain run of the tests kills a few.
+`make long` kills 500 on each database (CLOISTER_KILLS); a plain run of the tests kills a few.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from tests.cloister_attest.snp import minted
 from tests.cloister_attest.tdx import minting
 from tests.fakes.attested_server import MEASUREMENT, FakeMachine
 
+PLAIN = minted.mint(minted.Recipe())
 IDENTITY = make_server_identity()
 NONCE = bytes(range(32))
 
@@ -48,26 +49,26 @@ def policy_file(tmp_path, hardware, **changes):
 
 def test_a_record_is_judged_check_by_check(run, record, trust):
     done = run("attest", "verify", str(record), "--policy", str(trust))
-    assert done.exit_code == 0, done.output
-    assert "Verified: the evidence holds" in done.output
-    assert "\N{CHECK MARK}" in done.output
-    assert "\N{EN DASH}" in done.output
-    assert "SIMULATED" in done.output
-    answer = json.loads(run("attest", "verify", str(record), "--policy", str(trust), "--json").output)
+    assert done.returncode == 0, done.stdout
+    assert "Verified: the evidence holds" in done.stdout
+    assert "\N{CHECK MARK}" in done.stdout
+    assert "\N{EN DASH}" in done.stdout
+    assert "SIMULATED" in done.stdout
+    answer = json.loads(run("attest", "verify", str(record), "--policy", str(trust), "--json").stdout)
     assert answer["ok"] is True
     assert {check["verdict"] for check in answer["checks"]} == {"pass", "not-applicable"}
 
 
 def test_a_record_at_another_time_or_under_another_trust_file(run, record, trust):
     late = run("attest", "verify", str(record), "--policy", str(trust), "--at", "2001-01-01")
-    assert late.exit_code == 1
-    assert "\N{BALLOT X}" in late.output
-    assert "isn't valid yet" in " ".join(late.output.split())
+    assert late.returncode == 1
+    assert "\N{BALLOT X}" in late.stdout
+    assert "isn't valid yet" in " ".join(late.stdout.split())
     other = SimulatedHardware.generate(MEASUREMENT).trust()
     trust.write_text(other.to_toml())
     answer = run("attest", "verify", str(record), "--policy", str(trust), "--json")
-    assert answer.exit_code == 1
-    failed = {check["name"] for check in json.loads(answer.output)["checks"] if check["verdict"] == "fail"}
+    assert answer.returncode == 1
+    failed = {check["name"] for check in json.loads(answer.stdout)["checks"] if check["verdict"] == "fail"}
     assert failed == {"root", "chip"}
 
 
@@ -81,8 +82,8 @@ def test_a_record_at_another_time_or_under_another_trust_file(run, record, trust
 )
 def test_wrong_command_lines(run, record, trust, arguments, match):
     done = run("attest", "verify", str(record), "--policy", str(trust), *arguments)
-    assert done.exit_code in (1, 2)
-    assert match in " ".join((done.output + done.stderr).replace("│", " ").split())
+    assert done.returncode in (1, 2)
+    assert match in " ".join((done.stdout + done.stderr).replace("│", " ").split())
 
 
 def test_a_report_alone_must_say_what_it_answers(run, tmp_path):
@@ -90,14 +91,14 @@ def test_a_report_alone_must_say_what_it_answers(run, tmp_path):
     path.write_bytes(minting.quote())
     policy = policy_file(tmp_path, minting.strict(collateral="any"))
     base = ["attest", "verify", str(path), "--policy", str(policy), "--at", str_of(minting.AT)]
-    assert run(*base).exit_code == 2
-    assert run(*base, "--report-data", "00").exit_code == 2
+    assert run(*base).returncode == 2
+    assert run(*base, "--report-data", "00").returncode == 2
     for data, names in (
         (minting.REPORT_DATA.hex(), set()),
         ("any", set()),
         ("00" * 64, {"binding", "tdx-report-data"}),
     ):
-        answer = json.loads(run(*base, "--report-data", data, "--json").output)
+        answer = json.loads(run(*base, "--report-data", data, "--json").stdout)
         failed = {check["name"] for check in answer["checks"] if check["verdict"] == "fail"}
         # The minted platform's documents aren't at hand: what needs them fails, whatever the report data.
         assert {name for name in failed if name in ("binding", "tdx-report-data", "tdx-signature")} == names
@@ -108,26 +109,26 @@ def test_what_a_report_alone_cannot_show_fails_where_it_is_demanded(run, tmp_pat
     path.write_bytes(minting.quote())
     policy = policy_file(tmp_path, minting.strict(), gpu="required", log_key="00" * 32)
     answer = json.loads(
-        run("attest", "verify", str(path), "--policy", str(policy), "--report-data", "any", "--json").output
+        run("attest", "verify", str(path), "--policy", str(policy), "--report-data", "any", "--json").stdout
     )
     assert {"gpu", "checkpoint"} <= {check["name"] for check in answer["checks"] if check["verdict"] == "fail"}
 
 
 def test_missing_documents_say_where_they_are_to_be_had(run, tmp_path):
     path = tmp_path / "report.bin"
-    path.write_bytes(minted.plain().report)
-    policy = policy_file(tmp_path, minted.strict_policy(minted.plain()))
+    path.write_bytes(PLAIN.report)
+    policy = policy_file(tmp_path, minted.strict_policy(PLAIN))
     done = run("attest", "verify", str(path), "--policy", str(policy), "--report-data", "any")
-    assert done.exit_code == 1
-    assert "https://kdsintf.amd.com/vcek/v1/" in "".join(done.output.split())
+    assert done.returncode == 1
+    assert "https://kdsintf.amd.com/vcek/v1/" in "".join(done.stdout.split())
 
 
 @pytest.mark.parametrize("kind", ["sev-snp", "tdx"])
 def test_a_drafted_trust_file_is_strict_and_names_what_the_report_shows(run, tmp_path, kind):
     path = tmp_path / "evidence.bin"
-    path.write_bytes(minted.plain().report if kind == "sev-snp" else minting.quote())
+    path.write_bytes(PLAIN.report if kind == "sev-snp" else minting.quote())
     done = run("attest", "trust", str(path))
-    assert done.exit_code == 0, done.output + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     drafted = AttestationPolicy.from_toml(done.stdout)
     assert drafted.platform == kind
     assert drafted.hardware.debug == "forbidden"
@@ -139,7 +140,7 @@ def test_a_drafted_trust_file_is_strict_and_names_what_the_report_shows(run, tmp
 
 def test_a_simulated_machine_gets_no_drafted_trust_file(run, record):
     done = run("attest", "trust", str(record))
-    assert done.exit_code == 1
+    assert done.returncode == 1
     assert "its own trust file" in done.stderr
 
 
@@ -149,9 +150,9 @@ def test_what_is_published_is_accepted(run, record, machine, tmp_path):
     values.write_text(json.dumps([{"platform": "simulated", "measurement": MEASUREMENT.hex()}]))
     key, out = tmp_path / "key.pem", tmp_path / "signed.json"
     command = ["attest", "publish", str(values), "--artifact", str(image), "--image", "vm", "--version", "1.2"]
-    assert run(*command, "--key", str(key), "--out", str(out)).exit_code == 1
+    assert run(*command, "--key", str(key), "--out", str(out)).returncode == 1
     done = run(*command, "--key", str(key), "--out", str(out), "--create-key")
-    assert done.exit_code == 0, done.output + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     base = machine.hardware.trust().to_toml().replace('publisher = "none"\n', "")
     lines = ['measurements = "published"' if line.startswith("measurements") else line for line in base.splitlines()]
@@ -162,7 +163,7 @@ def test_what_is_published_is_accepted(run, record, machine, tmp_path):
     shown = kept.evidence.model_copy(update={"reference_values": out.read_bytes()})
     for evidence, status in ((shown, 0), (kept.evidence, 1)):
         record.write_bytes(kept.model_copy(update={"evidence": evidence}).to_json())
-        assert run("attest", "verify", str(record), "--policy", str(trust)).exit_code == status
+        assert run("attest", "verify", str(record), "--policy", str(trust)).returncode == status
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "[1]", '[{"platform": "sgx"}]', "[", "x" * (MAX_ENVELOPE + 1)])
@@ -173,7 +174,7 @@ def test_values_that_cannot_be_published(run, tmp_path, content):
         *("attest", "publish", str(values), "--artifact", str(values), "--image", "vm", "--version", "1"),
         *("--key", str(tmp_path / "key.pem"), "--out", str(tmp_path / "out"), "--create-key"),
     )
-    assert done.exit_code in (1, 2)
+    assert done.returncode in (1, 2)
     assert not (tmp_path / "out").exists()
 
 

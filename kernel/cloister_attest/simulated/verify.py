@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA384
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from cloister_attest.certificates import parse_all, quietly, whole_signature
 from cloister_attest.outcome import EvidenceError
 from cloister_attest.simulated.abi import CHIP_ID_BYTES, Report
 
@@ -81,7 +82,11 @@ def verify_signature(report: Report, chain: Chain) -> None:
 
 def _load(der: bytes) -> x509.Certificate:
     try:
-        return x509.load_der_x509_certificate(der)
+        with quietly():
+            certificate = parse_all(x509.load_der_x509_certificate(der))
+            # Unknown algorithms are noticed where they are first asked for: better here than within a check.
+            _ = certificate.signature_hash_algorithm
+            return certificate
     except Exception as error:
         # cryptography raises several classes for malformed certificates; each of them means the same here.
         raise EvidenceError("a certificate of the chain can't be read") from error
@@ -89,6 +94,8 @@ def _load(der: bytes) -> x509.Certificate:
 
 def _issued_by(certificate: x509.Certificate, issuer: x509.Certificate, otherwise: str) -> None:
     try:
+        if not whole_signature(certificate):
+            raise InvalidSignature
         certificate.verify_directly_issued_by(issuer)
     except (InvalidSignature, ValueError, TypeError) as error:
         raise EvidenceError(otherwise) from error

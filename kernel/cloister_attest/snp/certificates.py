@@ -6,8 +6,6 @@ function raises EvidenceError.
 
 from __future__ import annotations
 
-import threading
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,10 +13,9 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.hashes import SHA384
-from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.utils import CryptographyDeprecationWarning
 from cryptography.x509.oid import NameOID, SignatureAlgorithmOID
 
+from cloister_attest.certificates import parse_all, quietly, whole_signature
 from cloister_attest.outcome import EvidenceError
 from cloister_attest.snp.products import HWID_BYTES, PRODUCTS, TCB_LAYOUT, Component, Product
 
@@ -51,8 +48,6 @@ _SUBJECT = {
     NameOID.ORGANIZATION_NAME: "Advanced Micro Devices",
 }
 
-_loading = threading.Lock()
-
 
 @dataclass(frozen=True)
 class Leaf:
@@ -74,21 +69,12 @@ def load_certificate(der: bytes | None, name: str) -> x509.Certificate:
         raise EvidenceError(f"there is no certificate of the {name}")
     if len(der) > MAX_CERTIFICATE:
         raise EvidenceError(f"the certificate of the {name} has {len(der)} bytes, and {MAX_CERTIFICATE} are enough")
-    # The filters of warnings belong to the whole process: one thread at a time may change and restore them.
-    with _loading, warnings.catch_warnings():
-        # AMD numbers every VCEK and VLEK 0. Only that warning is expected here.
-        warnings.filterwarnings(
-            "ignore", message="Parsed a serial number which wasn't positive", category=CryptographyDeprecationWarning
-        )
-        try:
-            certificate = x509.load_der_x509_certificate(der)
-            # These parts are parsed where they are first looked at: better here than within a check.
-            _ = (certificate.subject, certificate.issuer, certificate.public_key(), certificate.extensions)
-            _ = (certificate.not_valid_before_utc, certificate.not_valid_after_utc, certificate.serial_number)
-            return certificate
-        except Exception as error:
-            # cryptography raises several classes for malformed certificates; each of them means the same here.
-            raise EvidenceError(f"the certificate of the {name} can't be read") from error
+    try:
+        with quietly():
+            return parse_all(x509.load_der_x509_certificate(der))
+    except Exception as error:
+        # cryptography raises several classes for malformed certificates; each of them means the same here.
+        raise EvidenceError(f"the certificate of the {name} can't be read") from error
 
 
 def read_leaf(certificate: x509.Certificate, kind: Literal["VCEK", "VLEK"], product: Product) -> Leaf:
@@ -172,8 +158,7 @@ def verify_signed_by(
         raise EvidenceError(f"the {name} names another issuer than the {issuer_name}")
     if signed.signature_algorithm_oid != SignatureAlgorithmOID.RSASSA_PSS:
         raise EvidenceError(f"the {name} isn't signed with RSASSA-PSS")
-    # X.690, 8.6.2: the byte before a bit string counts the bits that don't belong to it.
-    if not signed.public_bytes(Encoding.DER).endswith(b"\0" + signed.signature):
+    if not whole_signature(signed):
         raise EvidenceError(f"the {name}'s signature isn't whole bytes")
     key = issuer.public_key()
     if not isinstance(key, rsa.RSAPublicKey):

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA384
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from cloister_attest.certificates import quietly, serial_number
 from cloister_attest.outcome import EvidenceError
 from cloister_attest.snp.abi import CHIP_ID_BYTES, Report
 from cloister_attest.snp.certificate_table import Collateral
@@ -219,13 +220,14 @@ def verify_crl(crl: bytes | None, root: x509.Certificate, at: int) -> Revocation
     if len(crl) > MAX_CRL:
         raise EvidenceError(f"the revocation list has {len(crl)} bytes, and {MAX_CRL} are enough")
     try:
-        found = x509.load_der_x509_crl(crl)
-        revoked = frozenset(entry.serial_number for entry in found)
-        critical = [extension for extension in found.extensions if extension.critical]
-        critical += [extension for entry in found for extension in entry.extensions if extension.critical]
-        this_update, next_update = found.last_update_utc, found.next_update_utc
-        # The name is parsed where it is first looked at: better here than within a check.
-        _ = found.issuer
+        with quietly():
+            found = x509.load_der_x509_crl(crl)
+            revoked = frozenset(entry.serial_number for entry in found)
+            critical = [extension for extension in found.extensions if extension.critical]
+            critical += [extension for entry in found for extension in entry.extensions if extension.critical]
+            this_update, next_update = found.last_update_utc, found.next_update_utc
+            # The name is parsed where it is first looked at: better here than within a check.
+            _ = found.issuer
     except Exception as error:
         # cryptography raises several classes for malformed lists; each of them means the same here.
         raise EvidenceError("the revocation list can't be read") from error
@@ -248,8 +250,9 @@ def verify_not_revoked(chain: Chain, crl: bytes | None, at: int) -> RevocationLi
     """The root's list of `at`, once neither intermediate nor root is on it. It covers what the root issued."""
     found = verify_crl(crl, chain.root, at)
     for certificate, name in ((chain.intermediate, "intermediate"), (chain.root, "root")):
-        if certificate.serial_number in found.revoked:
-            raise EvidenceError(f"the {name}, number {certificate.serial_number}, is revoked")
+        number = serial_number(certificate)
+        if number in found.revoked:
+            raise EvidenceError(f"the {name}, number {number}, is revoked")
     return found
 
 

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
+from cloister_attest.certificates import parse_all, quietly, serial_number, whole_signature
 from cloister_attest.outcome import EvidenceError
 from cloister_attest.tdx.extension import SGX_EXTENSION_OID, SgxExtension, parse_extension
 
@@ -122,11 +123,12 @@ def verify_crl(
     """
     name = _common_name(issuer)
     try:
-        crl = x509.load_der_x509_crl(der)
-        begins, ends = crl.last_update_utc, crl.next_update_utc
-        critical = any(extension.critical for extension in crl.extensions)
-        same_issuer = crl.issuer == issuer.subject
-        sha256 = isinstance(crl.signature_hash_algorithm, SHA256)
+        with quietly():
+            crl = x509.load_der_x509_crl(der)
+            begins, ends = crl.last_update_utc, crl.next_update_utc
+            critical = any(extension.critical for extension in crl.extensions)
+            same_issuer = crl.issuer == issuer.subject
+            sha256 = isinstance(crl.signature_hash_algorithm, SHA256)
     except Exception as error:
         # cryptography raises several classes for malformed lists; each of them means the same here.
         raise EvidenceError(f"the revocation list of {name} can't be read as DER: fetch {fetch}") from error
@@ -142,7 +144,7 @@ def verify_crl(
     if ends is None or now > ends:
         raise EvidenceError(f"the revocation list of {name} has expired ({ends}): fetch {fetch}")
     for certificate in certificates:
-        if crl.get_revoked_certificate_by_serial_number(certificate.serial_number) is not None:
+        if crl.get_revoked_certificate_by_serial_number(serial_number(certificate)) is not None:
             raise EvidenceError(f"{name} has revoked the certificate of {_common_name(certificate)}")
     return ends
 
@@ -207,7 +209,9 @@ def moment(at: int) -> datetime:
 
 def _load(body: bytes, name: str) -> x509.Certificate:
     try:
-        return x509.load_der_x509_certificate(base64.b64decode(re.sub(rb"[\r\n]", b"", body), validate=True))
+        der = base64.b64decode(re.sub(rb"[\r\n]", b"", body), validate=True)
+        with quietly():
+            return parse_all(x509.load_der_x509_certificate(der))
     except binascii.Error as error:
         raise EvidenceError(f"the {name} isn't base64") from error
     except Exception as error:
@@ -224,6 +228,8 @@ def _verify_links(certificates: tuple[x509.Certificate, ...]) -> None:
         try:
             if not isinstance(certificate.signature_hash_algorithm, SHA256):
                 raise EvidenceError(f"the certificate of {_common_name(certificate)} isn't signed with SHA-256")
+            if not whole_signature(certificate):
+                raise EvidenceError(f"the signature of {_common_name(certificate)} isn't whole bytes")
             certificate.verify_directly_issued_by(issuer)
         except EvidenceError:
             raise
@@ -278,6 +284,6 @@ def _common_name(certificate: x509.Certificate) -> str:
 
 def _crl_signed(crl: x509.CertificateRevocationList, key: ec.EllipticCurvePublicKey) -> bool:
     try:
-        return crl.is_signature_valid(key)
+        return whole_signature(crl) and crl.is_signature_valid(key)
     except Exception:
         return False

@@ -1,8 +1,11 @@
 """Certificates and lists, one rule at a time: the valid form passes, and the one that breaks the rule is told why."""
 
+from collections.abc import Callable
+
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from cloister_attest.outcome import EvidenceError
 from cloister_attest.tdx import chain
@@ -98,3 +101,19 @@ def test_edges_of_time():
             chain.verify_dates((m.PCK,), at)
         with pytest.raises(EvidenceError):
             chain.verify_crl(crl, m.CA, (m.PCK,), at, "it")
+
+
+def partial(make: Callable[[], bytes]) -> bytes:
+    """DER whose signature claims that its last bit isn't part of it. Nothing that is signed says otherwise."""
+    while (der := make())[-1] & 1:
+        pass
+    length = next(size for size in range(70, 73) if der[-size - 2 : -size] == bytes((size + 1, 0)))
+    return der[: -length - 1] + b"\x01" + der[-length:]
+
+
+def test_signatures_are_whole_bytes():
+    lists = partial(lambda: m.revocation_list(m.CA, m.CA_KEY))
+    with pytest.raises(EvidenceError, match="isn't signed by"):
+        chain.verify_crl(lists, m.CA, (m.PCK,), m.AT, "it")
+    leaf = x509.load_der_x509_certificate(partial(lambda: pck().public_bytes(Encoding.DER)))
+    refused(m.pem(leaf, m.CA, m.ROOT), "isn't whole bytes")
