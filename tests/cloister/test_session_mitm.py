@@ -321,7 +321,7 @@ def test_a_machine_that_stops_being_right_ends_the_session(genuine, connect):
     assert opened.token is None
     assert opened.client.is_closed
     genuine.received.clear()
-    with pytest.raises(UnreachableError, match="closed"):
+    with pytest.raises(AttestationRefusedError, match=r"Nothing more is sent to it\. Failed checks: debug"):
         opened.transport.call("GET", "/me", None, WhoAmI)
     assert bytes(genuine.received) == b""
 
