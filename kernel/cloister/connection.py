@@ -39,7 +39,6 @@ class Caller(Protocol):
     ) -> bytes: ...
 
 
-
 class _Laptop:
     """Calls over the session in use. Where the cloister shows another certificate, as it does after a restart, it is
     appraised from scratch, before the call is made again: the first time nothing of it was sent.
@@ -59,9 +58,7 @@ class _Laptop:
     ) -> W:
         return self._over(lambda found: found.call(method, path, send, receive, content_type))
 
-    def raw(
-        self, method: str, path: str, send: Wire | bytes | None = None, content_type: str | None = None
-    ) -> bytes:
+    def raw(self, method: str, path: str, send: Wire | bytes | None = None, content_type: str | None = None) -> bytes:
         return self._over(lambda found: found.raw(method, path, send, content_type))
 
     def _over(self, make: Callable[[Transport], T]) -> T:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from cloister_data.errors import AttestationRefusedError, UnreachableError
 
 FIRST_PAUSE = 1.0
-"""Seconds until evidence that didn't come is asked for again; each pause is twice the one before, up to the interval."""
+"""Seconds until evidence that didn't come is asked for again; then twice as long each time, up to the interval."""
 SHORTEST_BOUND = 30.0
 """Seconds that a proof counts for at least, however short the interval: a short outage ends nothing."""
 
