@@ -121,6 +121,7 @@ class Bridge:
         self._main: asyncio.Task[None] | None = None
         self._sockets: dict[Channel, zmq.asyncio.Socket] = {}
         self._notices = Notices()
+        self._told = ""
 
     def start(self, timeout: float = 60.0) -> None:
         """Bind the local sockets and reach the kernel for the first time. Raises what prevents either."""
@@ -265,11 +266,10 @@ class Bridge:
         """Tell the notebook and the log where it isn't the network that is in the way, but the machine's proof."""
         if not isinstance(error, (AttestationRefusedError, LapsedError)) or isinstance(error, CertificateChangedError):
             return
-        text = f"Cloister: {error} {WAITING}"
-        if text != self.doubt:
-            self.doubt = text
-            self._log.error("%s", text)
-            await self._tell(self._notices.to_all(text))
+        if self.doubt is None or error.why != self._told:
+            self.doubt, self._told = f"Cloister: {error} {WAITING}", error.why
+            self._log.error("%s", self.doubt)
+            await self._tell(self._notices.to_all(self.doubt))
 
     async def _note_proof(self) -> None:
         if self.doubt is not None:
