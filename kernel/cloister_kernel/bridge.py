@@ -328,10 +328,11 @@ class Bridge:
                 # Let the service know that EXIT has arrived; it may then forget the kernel.
                 await connection.send(link.acknowledgement().pack())
         finally:
+            ended = over.done()
             over.cancel()
             carrier.cancel()
             results = await asyncio.gather(carrier, return_exceptions=True)
-        if isinstance(results[0], Exception) and not over.done():
+        if isinstance(results[0], Exception) and not ended:
             raise results[0]
 
 

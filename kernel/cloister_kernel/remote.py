@@ -61,6 +61,7 @@ class WebsocketConnection:
                 self._refuse_doubt()
                 if isinstance(message, bytes):
                     yield message
+            self._refuse_doubt()
         except WebSocketException as error:
             self._refuse_doubt()
             raise UnreachableError("The kernel's connection broke.", why=type(error).__name__) from error
