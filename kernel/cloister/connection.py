@@ -77,14 +77,12 @@ class _Laptop:
         global _session
         with self._renewing:
             if self._opened is old:
-                old.close()
                 opened = open_session(old.profile)
                 with _lock:
-                    if _session is not old:
-                        # Another one was chosen meanwhile, or none.
-                        opened.close()
-                    else:
+                    # Else another one was chosen meanwhile, or none.
+                    if chosen := _session is old:
                         self._opened = _session = opened
+                (old if chosen else opened).close()
             return self._opened
 
 

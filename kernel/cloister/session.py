@@ -186,17 +186,19 @@ class Session:
                 "The connection to the cloister is closed.",
                 why="Its session was closed.",
                 next_step="Open a new session: it verifies the evidence again.",
-            )
+            ),
+            # Closing the client under a request that has just begun would leave its connection open.
+            patience=2.0,
         )
 
-    def _end(self, error: CloisterError) -> None:
+    def _end(self, error: CloisterError, patience: float = 0.0) -> None:
         if self._ended is None:
             self._ended = error
         self._bearer.token = None
         for listener in list(self._listeners.values()):
             listener()
+        self._keeper.stop(patience)
         self.client.close()
-        self._keeper.stop()
 
     def __enter__(self) -> Self:
         return self

@@ -85,7 +85,8 @@ def place(relay: ProvenRelay, tmp_path_factory: pytest.TempPathFactory, kernel: 
 
         patch.setenv("CLOISTER_HOME", str(folder))
         patch.setattr(cloister.session, "open", open_fast)
-        patch.setattr(bridges, "LAST_RETRY_SECONDS", 0.3)
+        patch.setattr(bridges, "FIRST_RETRY_SECONDS", 0.05)
+        patch.setattr(bridges, "LAST_RETRY_SECONDS", 0.1)
         relay.profile("demo", switch.url, folder)
         with kernel() as made.kernel:
             yield made
@@ -171,7 +172,7 @@ def test_a_machine_that_turns_bad_gets_nothing_more(well: Place, turn: Callable[
     assert "stays here until the machine is proven again" in text
     manager.interrupt_kernel()
     # It is appraised anew, from scratch, and refused each time.
-    until(lambda: len(relay.nonces) >= asked + 3)
+    until(lambda: len(relay.nonces) >= asked + 2)
     since = well.received_since(mark)
     assert QUESTION.fullmatch(since), since
     assert relay.token.encode() not in since
