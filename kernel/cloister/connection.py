@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from cloister_data.base import Wire
@@ -12,7 +13,9 @@ from cloister_data.errors import ConfigurationError
 if TYPE_CHECKING:
     from cloister.profile import Profile
     from cloister.session import Session
+    from cloister.transport import Transport
 
+T = TypeVar("T")
 W = TypeVar("W", bound=Wire)
 
 SOCKET_VARIABLE = "CLOISTER_GUARD_SOCKET"
@@ -36,6 +39,53 @@ class Caller(Protocol):
     ) -> bytes: ...
 
 
+class _Laptop:
+    """Calls over the session in use. Where the cloister shows another certificate, as it does after a restart, it is
+    appraised from scratch, before the call is made again: the first time nothing of it was sent.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._opened = session
+        self._renewing = threading.Lock()
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        send: Wire | bytes | None = None,
+        receive: type[W] | None = None,
+        content_type: str | None = None,
+    ) -> W:
+        return self._over(lambda found: found.call(method, path, send, receive, content_type))
+
+    def raw(self, method: str, path: str, send: Wire | bytes | None = None, content_type: str | None = None) -> bytes:
+        return self._over(lambda found: found.raw(method, path, send, content_type))
+
+    def _over(self, make: Callable[[Transport], T]) -> T:
+        from cloister.transport import CertificateChangedError
+
+        opened = self._opened
+        try:
+            return make(opened.transport)
+        except CertificateChangedError:
+            return make(self._renewed(opened).transport)
+
+    def _renewed(self, old: Session) -> Session:
+        """Raises what `cloister.session.open` raises; the next call tries again."""
+        from cloister.session import open as open_session
+
+        global _session
+        with self._renewing:
+            if self._opened is old:
+                opened = open_session(old.profile)
+                with _lock:
+                    # Else another one was chosen meanwhile, or none.
+                    if chosen := _session is old:
+                        self._opened = _session = opened
+                (old if chosen else opened).close()
+            return self._opened
+
+
 _lock = threading.Lock()
 _caller: Caller | None = None
 _caller_pid: int | None = None
@@ -43,7 +93,10 @@ _session: Session | None = None
 
 
 def use(profile: str | Profile) -> Session:
-    """Work with the cloister of `profile` from here on, after its evidence has been verified again.
+    """Work with the cloister of `profile` from here on, after its evidence has been verified.
+
+    It is verified again from time to time, and before anything is sent after a restart of the cloister. Where it no
+    longer convinces, every call raises AttestationRefusedError, until `use` finds it proven again.
 
     For laptops; in a cloister's kernel nothing has to be chosen. Raises what `cloister.session.open` raises.
     """
@@ -53,7 +106,7 @@ def use(profile: str | Profile) -> Session:
     opened = open_session(profile)
     with _lock:
         previous, _session = _session, opened
-        _caller, _caller_pid = opened.transport, os.getpid()
+        _caller, _caller_pid = _Laptop(opened), os.getpid()
     if previous is not None:
         previous.close()
     return opened

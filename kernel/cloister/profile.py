@@ -38,6 +38,8 @@ ProfileName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,
 MAX_FILE = 1 << 20
 CONNECT = "cloister connect URL --trust FILE"
 DEFAULT_PORT = 443
+REATTEST_SECONDS = 600
+MIN_REATTEST_SECONDS, MAX_REATTEST_SECONDS = 10, 86400
 
 
 class Address(NamedTuple):
@@ -110,6 +112,7 @@ class Profile(Wire):
         url: `https://host[:port]`.
         user: who signs in, or None where nobody has yet.
         trust: absolute path of the trust file.
+        reattest_seconds: how often an open session asks the machine for evidence again.
     """
 
     format: Literal[1] = 1
@@ -117,6 +120,7 @@ class Profile(Wire):
     url: str = Field(max_length=1024)
     user: UserName | None = None
     trust: Path
+    reattest_seconds: int = Field(default=REATTEST_SECONDS, ge=MIN_REATTEST_SECONDS, le=MAX_REATTEST_SECONDS)
 
     @field_validator("url")
     @classmethod
@@ -209,11 +213,13 @@ class _StoredToken(Wire):
     answer: LoginAnswer
 
 
-def new(name: str, url: str, trust: Path | str, user: str | None = None) -> Profile:
+def new(
+    name: str, url: str, trust: Path | str, user: str | None = None, *, reattest_seconds: int = REATTEST_SECONDS
+) -> Profile:
     """A profile that isn't saved yet. Raises ConfigurationError for a name, a URL or a user that can't be."""
     parse_url(url)
     try:
-        return Profile(name=name, url=url, user=user, trust=Path(trust))
+        return Profile(name=name, url=url, user=user, trust=Path(trust), reattest_seconds=reattest_seconds)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise ConfigurationError(

@@ -1,6 +1,7 @@
 """The only door to a cloister: nothing secret is sent before its evidence has convinced.
 
 fetch the certificate -> pin it -> ask for evidence with a fresh nonce -> appraise -> only then attach the token.
+And again, on a timer, for as long as the session is open: see `cloister.reattest`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import hashlib
 import ssl
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Self
 
 import httpx
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 
 from cloister.judging import judge
 from cloister.profile import CONNECT, Address, Profile, load
+from cloister.reattest import Keeper, LapsedError, now
 from cloister.transport import API, TIMEOUT, Transport
 from cloister_attest.channel import fetch_certificate, pinned_context
 from cloister_attest.evidence import MAX_EVIDENCE_JSON, AttestRequest, Evidence
@@ -29,12 +31,16 @@ from cloister_data.errors import (
     AuthenticationError,
     CloisterError,
     SessionExpiredError,
+    TooManyRequestsError,
+    UnavailableError,
     UnreachableError,
 )
 from cloister_data.identity import LoginAnswer, LoginRequest
 
 ATTEST_PATH = "/.well-known/attest"
 CONSISTENCY_PATH = "/.well-known/consistency"
+NOTHING = "Nothing was sent."
+"""What the errors of a first appraisal say; those of a later one say what is true then."""
 CONNECT_TIMEOUT = 10.0
 """Seconds for the first handshake."""
 EVIDENCE_TIMEOUT = httpx.Timeout(connect=10, read=30, write=10, pool=10)
@@ -52,7 +58,8 @@ class Session:
             `verdict.checkpoint` is the signed note.
         ssl_context: trusts that certificate alone. Give it to websockets too, with `proxy=None`: by default that
             library sends its handshake, which holds the token, through the proxies that the environment names.
-        client, transport: the httpx client over that channel, with the token attached, and the calls over it.
+        client, transport: the httpx client over that channel, with the token attached, and the calls over it. Nothing
+            leaves by either, but questions for evidence, while there is a `doubt`.
     """
 
     def __init__(
@@ -67,10 +74,14 @@ class Session:
         self.certificate = certificate
         self.ssl_context = context
         self.client = client
-        self.transport = Transport(client)
+        self.transport = Transport(client, self._prove)
         self._policy = policy
-        self._bearer = _Bearer(profile.address)
+        self._bare = Transport(client)
+        self._bearer = _Bearer(profile.address, lambda: self.doubt)
         self._lock = threading.Lock()
+        self._ended: CloisterError | None = None
+        self._listeners: dict[object, Callable[[], None]] = {}
+        self._keeper = Keeper(self.attest_again, profile.reattest_seconds)
         self.verdict, self.checkpoint, self.log_key = self._appraise()
         client.auth = self._bearer
 
@@ -93,23 +104,100 @@ class Session:
         route = path if path.startswith(f"{API}/") else API + path
         return f"wss://{self.profile.address.authority}{route}"
 
+    def start(self) -> None:
+        """Begin to ask for evidence on a timer. Called by `open`."""
+        self._keeper.start()
+
+    @property
+    def doubt(self) -> CloisterError | None:
+        """Why nothing may be sent now; None while the machine is proven.
+
+        An AttestationRefusedError or UnreachableError where the session has ended, LapsedError where the last proof is
+        too old. A new error each time, to be raised.
+        """
+        if self._ended is not None:
+            return _anew(self._ended)
+        if self.proof_left > 0:
+            return None
+        return LapsedError(
+            f"The cloister at {self.url} hasn't proven itself for too long. Nothing more is sent to it.",
+            why=f"No evidence was to be had for {self._keeper.bound:.0f} seconds.",
+            next_step="It is asked again, and work goes on when it answers. Check that it is running, and the network.",
+        )
+
+    @property
+    def proof_left(self) -> float:
+        """Seconds for which the last proof still counts."""
+        return self._keeper.left
+
+    def when_ended(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Call `listener`, in any thread, when this session is refused or closed. Returns what takes that back."""
+        key = object()
+        self._listeners[key] = listener
+        if self._ended is not None:
+            listener()
+
+        def forget() -> None:
+            self._listeners.pop(key, None)
+
+        return forget
+
     def attest_again(self) -> AttestationResult:
-        """Ask for evidence over the same pinned channel once more. A refusal closes the session."""
+        """Ask for evidence over the same pinned channel once more; the session's timer does that too.
+
+        Raises AttestationRefusedError, and the session is closed then; UnreachableError, and nothing has changed.
+        """
         with self._lock:
-            try:
-                self.verdict, self.checkpoint, self.log_key = self._appraise()
-            except AttestationRefusedError:
-                self.close()
-                raise
-            return self.verdict
+            return self._attest()
+
+    def _attest(self) -> AttestationResult:
+        if self._ended is not None:
+            raise _anew(self._ended)
+        asked = now()
+        try:
+            self.verdict, self.checkpoint, self.log_key = self._appraise()
+        except AttestationRefusedError as error:
+            refusal = _anew(error, error.what.replace(NOTHING, "Nothing more is sent to it."))
+            self._end(refusal)
+            raise refusal from error
+        self._keeper.proven(asked)
+        return self.verdict
+
+    def _prove(self) -> None:
+        """Before each request: where the last proof is too old, for a new one. Raises as `attest_again` does."""
+        if self._ended is None and self.proof_left > 0:
+            return
+        if not self._lock.acquire(timeout=CONNECT_TIMEOUT):
+            raise self.doubt or LapsedError("The cloister's evidence is being asked for.", next_step="Try again.")
+        try:
+            if self._ended is not None or self.proof_left <= 0:
+                self._attest()
+        finally:
+            self._lock.release()
 
     def attach(self, token: str) -> None:
         """Send `token` with every request from now on."""
         self._bearer.token = token
 
     def close(self) -> None:
-        """Forget the token (in this process) and close the connections."""
+        """Forget the token (in this process), stop the timer, and close the connections."""
+        self._end(
+            UnreachableError(
+                "The connection to the cloister is closed.",
+                why="Its session was closed.",
+                next_step="Open a new session: it verifies the evidence again.",
+            ),
+            # Closing the client under a request that has just begun would leave its connection open.
+            patience=2.0,
+        )
+
+    def _end(self, error: CloisterError, patience: float = 0.0) -> None:
+        if self._ended is None:
+            self._ended = error
         self._bearer.token = None
+        for listener in list(self._listeners.values()):
+            listener()
+        self._keeper.stop(patience)
         self.client.close()
 
     def __enter__(self) -> Self:
@@ -139,7 +227,7 @@ class Session:
             return ()
         asked = ConsistencyRequest(first=first, second=second)
         try:
-            return self.transport.call("POST", CONSISTENCY_PATH, asked, ConsistencyProof).hashes
+            return self._bare.call("POST", CONSISTENCY_PATH, asked, ConsistencyProof).hashes
         except UnreachableError:
             raise
         except CloisterError:
@@ -148,34 +236,44 @@ class Session:
     def _ask(self, request: AttestRequest) -> bytes:
         """The evidence as it came. Sent without a token; what an unproven machine says is not shown to anybody."""
         try:
-            return self.transport.raw("POST", ATTEST_PATH, request, limit=MAX_EVIDENCE_JSON, timeout=EVIDENCE_TIMEOUT)
+            return self._bare.raw("POST", ATTEST_PATH, request, limit=MAX_EVIDENCE_JSON, timeout=EVIDENCE_TIMEOUT)
         except (UnreachableError, AttestationRefusedError):
             raise
+        except (UnavailableError, TooManyRequestsError) as error:
+            raise UnreachableError(
+                f"{self.url} shows no evidence at the moment. {NOTHING}",
+                why="It says that it is busy.",
+                next_step="Try again in a while.",
+            ) from error
         except CloisterError as error:
             raise AttestationRefusedError(
-                f"{self.url} shows no evidence. Nothing was sent.",
+                f"{self.url} shows no evidence. {NOTHING}",
                 why="It answered the request for evidence with a refusal, or with something too large.",
                 next_step="Check that the address is a cloister's.",
             ) from error
 
 
 class _Bearer(httpx.Auth):
-    """Attaches the token to requests to the verified address, and to no other."""
+    """Attaches the token to requests to the verified address, and to no other, while that is proven."""
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: Address, doubt: Callable[[], CloisterError | None]) -> None:
         self.token: str | None = None
-        self._address = address
+        self._address, self._doubt = address, doubt
 
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
         url = request.url
         ours = url.scheme == "https" and (url.host, url.port or 443) == self._address
-        if self.token is not None and ours:
-            request.headers["authorization"] = f"Bearer {self.token}"
+        token = self.token
+        # What asks for evidence goes without: the answer may be that the machine isn't worth it any more.
+        if token is not None and ours and not url.path.startswith("/.well-known/"):
+            if (doubt := self._doubt()) is not None:
+                raise doubt
+            request.headers["authorization"] = f"Bearer {token}"
         yield request
 
 
 def open(profile: str | Profile, *, need_token: bool = True) -> Session:
-    """Verify a cloister, then connect to it.
+    """Verify a cloister, then connect to it. It is verified again on a timer until the session is closed.
 
     Raises:
         ConfigurationError: no such profile, or its trust file is wrong.
@@ -206,6 +304,7 @@ def open(profile: str | Profile, *, need_token: bool = True) -> Session:
                 why="There is no token on this computer." if stored is None else "Its time is over.",
                 next_step=f"Sign in: {CONNECT} --name {known.name}.",
             )
+        session.start()
         return session
     except BaseException:
         client.close()
@@ -235,7 +334,12 @@ def login(session: Session, user: str, password: str) -> LoginAnswer:
 def _refused(url: str, verdict: AttestationResult) -> AttestationRefusedError:
     failed = "; ".join(f"{check.name}: {check.reason}" for check in verdict.failed) or "checks are missing"
     return AttestationRefusedError(
-        f"The cloister at {url} isn't proven. Nothing was sent.",
+        f"The cloister at {url} isn't proven. {NOTHING}",
         why=f"Failed checks: {failed}.",
         next_step="Compare the trust file with the operator's, or ask them; don't send anything by another way.",
     )
+
+
+def _anew(error: CloisterError, what: str | None = None) -> CloisterError:
+    """The same error without the traceback of where it was raised before."""
+    return type(error)(error.what if what is None else what, why=error.why, next_step=error.next_step)

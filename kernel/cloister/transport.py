@@ -6,7 +6,7 @@ Answers are bounded and validated; refusals come back as the errors that the gua
 from __future__ import annotations
 
 import ssl
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self, TypeVar
@@ -44,11 +44,17 @@ EVENT_SILENCE = 45.0
 _JSON = "application/json"
 
 
+class CertificateChangedError(AttestationRefusedError):
+    """The server shows another certificate than the verified one. The request wasn't sent."""
+
+
 class Transport:
     """Calls to one guard. May be used from several threads at once."""
 
-    def __init__(self, client: httpx.Client) -> None:
+    def __init__(self, client: httpx.Client, prove: Callable[[], None] | None = None) -> None:
+        """`prove` is called before each request and each event, and raises where the guard isn't proven."""
         self.client = client
+        self._prove = prove
 
     @classmethod
     def unix(cls, path: str | Path) -> Self:
@@ -79,8 +85,8 @@ class Transport:
             path: below `/api/v1` ("/me"); one that begins with `/api/` or `/.well-known/` is taken as it is.
             content_type: of a `bytes` body; a message goes as JSON.
 
-        Raises the error that the guard meant, UnreachableError, or AttestationRefusedError where the guard's key is
-        no longer the verified one.
+        Raises the error that the guard meant, UnreachableError, CertificateChangedError where the guard's key is no
+        longer the verified one, or AttestationRefusedError where it didn't prove itself again.
         """
         if receive is None:
             raise TypeError("call() needs the message to receive; raw() takes any answer")
@@ -144,6 +150,8 @@ class Transport:
                         "The cloister sent an event that can't be read.",
                         next_step="Update the client to the cloister's version: pip install -U cloister.",
                     ) from error
+                if self._prove is not None:
+                    self._prove()
                 yield event
 
     def close(self) -> None:
@@ -152,6 +160,8 @@ class Transport:
     @contextmanager
     def _reachable(self) -> Iterator[None]:
         """Turns what breaks on the way into errors for people."""
+        if self._prove is not None:
+            self._prove()
         if self.client.is_closed:
             raise UnreachableError(
                 "The connection to the cloister is closed.",
@@ -168,7 +178,7 @@ class Transport:
             ) from error
         except httpx.RequestError as error:
             if _broken_pin(error):
-                raise AttestationRefusedError(
+                raise CertificateChangedError(
                     "The cloister's key isn't the one that was verified. Nothing was sent.",
                     why="The cloister was restarted, or somebody stands in between.",
                     next_step="Open a new session: it verifies the evidence again. In a notebook, restart the kernel.",

@@ -29,6 +29,17 @@ def connect(
     name: Annotated[
         str | None, typer.Option("--name", help="What to call this cloister here; by default after its host.")
     ] = None,
+    reattest_every: Annotated[
+        int | None,
+        typer.Option(
+            "--reattest-every",
+            help="How often the machine has to prove itself again while something is connected to it; by default every "
+            f"{profiles.REATTEST_SECONDS} seconds. Remembered for next time.",
+            metavar="SECONDS",
+            min=profiles.MIN_REATTEST_SECONDS,
+            max=profiles.MAX_REATTEST_SECONDS,
+        ),
+    ] = None,
     kernel: Annotated[
         bool, typer.Option("--kernel/--no-kernel", help="Offer the cloister's kernel in JupyterLab (scientists).")
     ] = True,
@@ -36,9 +47,10 @@ def connect(
 ) -> None:
     """Verify a cloister's evidence, sign in, and offer its kernel in JupyterLab.
 
-    Nothing is sent before every check of the trust file has passed; then the password, over the verified channel.
+    Nothing is sent before every check of the trust file has passed; then the password, over the verified channel. From
+    then on the machine proves itself again and again: once it doesn't, nothing more is sent to it.
     """
-    profile = _profile(url, trust, user, name)
+    profile = _profile(url, trust, user, name, reattest_every)
     with busy(f"Verifying {profile.url} ..."):
         session = open_session(profile, need_token=False)
     with session:
@@ -58,6 +70,7 @@ def connect(
                     "user": answer.user,
                     "role": answer.role,
                     "expires": answer.expires,
+                    "reattest_seconds": profile.reattest_seconds,
                     "simulated": session.verdict.simulated,
                     "kernelspec": str(spec) if spec else None,
                     "verdict": session.verdict.model_dump(mode="json"),
@@ -91,7 +104,7 @@ def default_name(url: str) -> str:
     return re.sub(r"[^a-z0-9._-]", "-", raw.lower()).strip("._-")[:63] or "cloister"
 
 
-def _profile(url: str, trust: Path | None, user: str | None, name: str | None) -> Profile:
+def _profile(url: str, trust: Path | None, user: str | None, name: str | None, every: int | None) -> Profile:
     chosen = name or default_name(url)
     known = profiles.load(chosen) if chosen in profiles.names() else None
     if trust is None:
@@ -102,7 +115,10 @@ def _profile(url: str, trust: Path | None, user: str | None, name: str | None) -
                 next_step="Get it from the operator by a way that you trust, then: cloister connect URL --trust FILE.",
             )
         trust = known.trust
-    return profiles.new(chosen, url, trust, user or (known.user if known is not None else None))
+    if every is None:
+        every = known.reattest_seconds if known is not None else profiles.REATTEST_SECONDS
+    who = user or (known.user if known is not None else None)
+    return profiles.new(chosen, url, trust, who, reattest_seconds=every)
 
 
 def _ask_user() -> str:

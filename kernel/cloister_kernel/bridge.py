@@ -22,15 +22,27 @@ from typing import Any, Protocol
 import zmq
 import zmq.asyncio
 
-from cloister_data.errors import CloisterError, ConfigurationError, InvalidRequestError, NotFoundError, UnreachableError
+from cloister.reattest import LapsedError
+from cloister.transport import CertificateChangedError
+from cloister_data.errors import (
+    AttestationRefusedError,
+    CloisterError,
+    ConfigurationError,
+    InvalidRequestError,
+    NotFoundError,
+    UnreachableError,
+)
 from cloister_data.framing import Channel, ChannelFrame, FrameKind
 from cloister_kernel.link import LINK_ID_BYTES, Link
+from cloister_kernel.notices import Notices
 from cloister_kernel.pump import carry
 from cloister_kernel.signing import DELIMITER, with_signature, without_signature
 
 FIRST_RETRY_SECONDS = 0.2
 LAST_RETRY_SECONDS = 5.0
 HELLO_SECONDS = 20.0
+WAITING = "The kernel runs on there; what you run here stays here until the machine is proven again."
+PROVEN = "Cloister: the machine is proven again; the kernel goes on."
 LOST_KERNEL = 70
 """The exit code of a kernel that the cloister doesn't know (any more)."""
 
@@ -90,12 +102,14 @@ class Bridge:
     Attributes:
         exit_code: None while the kernel lives, as far as the bridge knows; it stays None during an outage.
         connected: whether the remote end is reached at the moment.
+        doubt: why the machine doesn't count as proven, for people; None while it does. The notebook is told.
     """
 
     def __init__(self, address: LocalAddress, connect: Connect, log: logging.Logger | None = None) -> None:
         self.exit_code: int | None = None
         self.connected = False
         self.trouble: Exception | None = None
+        self.doubt: str | None = None
         self._address, self._connect = address, connect
         self._log = log or logging.getLogger(__name__)
         self._ready = threading.Event()
@@ -106,6 +120,8 @@ class Bridge:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._main: asyncio.Task[None] | None = None
         self._sockets: dict[Channel, zmq.asyncio.Socket] = {}
+        self._notices = Notices()
+        self._told = ""
 
     def start(self, timeout: float = 60.0) -> None:
         """Bind the local sockets and reach the kernel for the first time. Raises what prevents either."""
@@ -217,6 +233,8 @@ class Bridge:
                 self._log.error("A message too large for the kernel's channel was dropped.")
                 continue
             link.post(channel, message)
+            if channel is Channel.SHELL and self._notices.asked(message) and self.doubt is not None:
+                await self._tell(self._notices.to_last(self.doubt))
 
     def _authentic(self, parts: list[bytes]) -> bool:
         signed = with_signature(tuple(parts), self._address.key)
@@ -232,9 +250,32 @@ class Bridge:
             except (ValueError, IndexError):
                 self.set_exit_code(LOST_KERNEL)
             return
+        if frame.channel is Channel.SHELL:
+            self._notices.answered(frame.parts)
         message = with_signature(frame.parts, self._address.key)
         if message is not None:
             await self._sockets[frame.channel].send_multipart(message)
+
+    async def _tell(self, notices: list[tuple[bytes, ...]]) -> None:
+        for parts in notices:
+            message = with_signature(parts, self._address.key)
+            if message is not None:
+                await self._sockets[Channel.IOPUB].send_multipart(message)
+
+    async def _note_doubt(self, error: Exception) -> None:
+        """Tell the notebook and the log where it isn't the network that is in the way, but the machine's proof."""
+        if not isinstance(error, (AttestationRefusedError, LapsedError)) or isinstance(error, CertificateChangedError):
+            return
+        if self.doubt is None or error.why != self._told:
+            self.doubt, self._told = f"Cloister: {error} {WAITING}", error.why
+            self._log.error("%s", self.doubt)
+            await self._tell(self._notices.to_all(self.doubt))
+
+    async def _note_proof(self) -> None:
+        if self.doubt is not None:
+            self.doubt = None
+            self._log.warning("%s", PROVEN)
+            await self._tell(self._notices.to_all(PROVEN))
 
     async def _stay_connected(self, link: Link) -> None:
         pause = FIRST_RETRY_SECONDS
@@ -253,6 +294,7 @@ class Bridge:
                     pause = FIRST_RETRY_SECONDS
                 if isinstance(error, CloisterError) and not isinstance(error, (UnreachableError, InvalidRequestError)):
                     self._fail_first(error)
+                await self._note_doubt(error)
                 if type(error) is not type(self.trouble):
                     self._log.warning(
                         "The kernel's connection is interrupted (%s: %s); trying again.", type(error).__name__, error
@@ -277,6 +319,7 @@ class Bridge:
             link.greeted_by_service(ChannelFrame.unpack(await anext(incoming)))
         self.connected = True
         self._ready.set()
+        await self._note_proof()
         over = asyncio.create_task(self._over.wait())
         carrier = asyncio.create_task(carry(link, connection.send, incoming, self._deliver))
         try:
@@ -285,10 +328,11 @@ class Bridge:
                 # Let the service know that EXIT has arrived; it may then forget the kernel.
                 await connection.send(link.acknowledgement().pack())
         finally:
+            ended = over.done()
             over.cancel()
             carrier.cancel()
             results = await asyncio.gather(carrier, return_exceptions=True)
-        if isinstance(results[0], Exception) and not over.done():
+        if isinstance(results[0], Exception) and not ended:
             raise results[0]
 
 

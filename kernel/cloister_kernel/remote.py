@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 from collections.abc import AsyncIterator
@@ -29,6 +30,8 @@ from cloister_data.kernels import KernelLaunch, KernelView
 SUBPROTOCOL = Subprotocol("cloister.kernel.v1")
 SIGNAL_TIMEOUT = httpx.Timeout(connect=5, read=15, write=5, pool=5)
 """Seconds. Somebody waits: an interrupted cell, a JupyterLab that shuts down."""
+LOOK_SECONDS = 5.0
+"""The longest time between two looks at the proof's age: while a computer sleeps, its timers do too."""
 DISPLAY_NAMES = ("COLUMNS", "LINES", "TZ", "LANG", "NO_COLOR")
 
 
@@ -39,30 +42,60 @@ def display_environment(environment: dict[str, str] | None = None) -> dict[str, 
 
 
 class WebsocketConnection:
-    """One websocket of the kernel's channel."""
+    """One websocket of the kernel's channel. It carries nothing, either way, once `session` is in doubt."""
 
-    def __init__(self, websocket: websockets.asyncio.client.ClientConnection) -> None:
-        self._websocket = websocket
+    def __init__(self, websocket: websockets.asyncio.client.ClientConnection, session: Session) -> None:
+        self._websocket, self._session = websocket, session
 
     async def send(self, data: bytes) -> None:
+        self._refuse_doubt()
         try:
             await self._websocket.send(data)
         except WebSocketException as error:
+            self._refuse_doubt()
             raise UnreachableError("The kernel's connection broke.", why=type(error).__name__) from error
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         try:
             async for message in self._websocket:
+                self._refuse_doubt()
                 if isinstance(message, bytes):
                     yield message
+            self._refuse_doubt()
         except WebSocketException as error:
+            self._refuse_doubt()
             raise UnreachableError("The kernel's connection broke.", why=type(error).__name__) from error
+
+    async def watch(self) -> None:
+        """Break the connection, with all that it still holds, as soon as the session is in doubt."""
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(ended.set)
+
+        forget = self._session.when_ended(tell)
+        try:
+            while self._session.doubt is None:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(LOOK_SECONDS, max(0.01, self._session.proof_left))):
+                        await ended.wait()
+            # Not close(): that would first send what waits.
+            self._websocket.transport.abort()
+        finally:
+            forget()
+
+    def _refuse_doubt(self) -> None:
+        if (doubt := self._session.doubt) is not None:
+            raise doubt
 
 
 class RemoteKernel:
     """One kernel of one profile's cloister. Its methods block; they are safe from several threads.
 
-    Every call goes through a verified session; after an outage the cloister is verified anew before anything is sent.
+    Every call goes through a verified session. After an outage, and where the machine didn't prove itself again in
+    time, the cloister is verified anew before anything is sent. What is in doubt is the machine: the kernel there is
+    left alone, and goes on when the machine is proven.
     """
 
     def __init__(self, profile: str) -> None:
@@ -105,8 +138,11 @@ class RemoteKernel:
             return self.session().transport.call(method, path, receive=KernelView, timeout=SIGNAL_TIMEOUT)
 
     def session(self) -> Session:
-        """The verified session, opened where there is none."""
+        """The verified session, opened where there is none, and anew where the one that was is in doubt."""
         with self._lock:
+            if self._session is not None and self._session.doubt is not None:
+                self._session.close()
+                self._session = None
             if self._session is None:
                 self._session = cloister.session.open(self.profile)
             return self._session
@@ -125,11 +161,14 @@ class RemoteKernel:
     async def connect(self) -> AsyncIterator[WebsocketConnection]:
         """The channel's websocket, over the verified session's pinned TLS. Raises CloisterError."""
         session = await asyncio.to_thread(self.session)
+        token = session.token
+        if (doubt := session.doubt) is not None:
+            raise doubt
         try:
             websocket = await websockets.asyncio.client.connect(
                 session.websocket_url(f"/api/v1/kernels/{self.identifier}/channels"),
                 ssl=session.ssl_context,
-                additional_headers={"Authorization": f"Bearer {session.token}"},
+                additional_headers={"Authorization": f"Bearer {token}"},
                 subprotocols=[SUBPROTOCOL],
                 compression=None,
                 max_size=MAX_CHANNEL_FRAME,
@@ -146,11 +185,16 @@ class RemoteKernel:
             # The guard may have restarted with another key: verify it anew before the next attempt.
             await asyncio.to_thread(self.renew)
             raise UnreachableError("The cloister can't be reached.", why=f"{type(error).__name__}: {error}") from error
+        connection = WebsocketConnection(websocket, session)
+        watch = asyncio.create_task(connection.watch())
         try:
             if websocket.subprotocol != SUBPROTOCOL:
                 raise UnavailableError("The cloister speaks another version of the kernel's channel.")
-            yield WebsocketConnection(websocket)
+            yield connection
         finally:
+            watch.cancel()
+            if session.doubt is not None:
+                websocket.transport.abort()
             await websocket.close()
 
 

@@ -1,5 +1,6 @@
 """What this computer remembers, and that nobody else can read it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -52,6 +53,23 @@ def test_profiles_are_kept(folder):
     assert profile.load("b-clinic") == other
     assert made.trust == Path.cwd() / "trust.toml"
     assert made.address == ("cloister.example", 8443)
+
+
+def test_how_often_a_machine_proves_itself_is_kept_and_bounded(folder):
+    def made(seconds: int) -> profile.Profile:
+        return profile.new("hospital", "https://cloister.example", "trust.toml", reattest_seconds=seconds)
+
+    made(30).save()
+    assert profile.load("hospital").reattest_seconds == 30
+    for wrong in (0, 9, 86401):
+        with pytest.raises(ConfigurationError, match="reattest_seconds"):
+            made(wrong)
+    # One of before there was a choice.
+    path = profile.load("hospital").directory / "profile.json"
+    document = json.loads(path.read_bytes())
+    del document["reattest_seconds"]
+    path.write_text(json.dumps(document))
+    assert profile.load("hospital").reattest_seconds == 600
 
 
 def test_a_profile_is_replaced():

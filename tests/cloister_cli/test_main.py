@@ -86,6 +86,13 @@ def test_connect_needs_a_trust_file_an_address_and_a_cloister(run: Run) -> None:
     assert "/none/x.toml" in done.stderr
 
 
+def test_how_often_a_machine_proves_itself_is_bounded(run: Run) -> None:
+    for wrong in ("9", "86401", "often"):
+        done = run("connect", "https://127.0.0.1:1", "--trust", "x.toml", "--reattest-every", wrong)
+        assert done.returncode == 2
+        assert "--reattest-every" in done.stderr
+
+
 def test_hash_password_reads_standard_input(run: Run) -> None:
     from argon2 import PasswordHasher
 

@@ -57,6 +57,7 @@ def test_an_owner_publishes_and_everybody_sees_what_is_theirs(
     assert "wrong password" not in done.stderr + done.stdout
     connected = json.loads(_connect(run, running, "admin", ADMIN_PASSWORD).stdout)
     assert connected["role"] == "admin"
+    assert connected["reattest_seconds"] == 600
     assert connected["simulated"] is True
     assert {check["name"] for check in connected["verdict"]["checks"]} >= {"platform", "signature", "binding"}
     for user, role in (("north", "owner"), ("ann", "scientist")):

@@ -17,8 +17,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Self, TypeVar
 
 import httpx
 import uvicorn
@@ -41,6 +42,7 @@ from cloister_data.kernels import (
 from tests.fakes.guard_control import FakeControl
 
 USER = "scientist"
+R = TypeVar("R", bound="KernelRelay")
 
 
 class FakeVerdict(Wire):
@@ -57,7 +59,12 @@ class FakeSession:
         self.transport = Transport(self.client)
         self.verdict = FakeVerdict()
         self.token = token
+        self.doubt = None
+        self.proof_left = 3600.0
         self._url = url
+
+    def when_ended(self, _listener: Callable[[], None]) -> Callable[[], None]:
+        return lambda: None
 
     def websocket_url(self, path: str) -> str:
         return self._url.replace("https", "wss") + path
@@ -87,7 +94,7 @@ class KernelRelay:
     def session(self, _profile: object = None, **_: object) -> FakeSession:
         return FakeSession(self.url, self.token, self.identity.certificate_der)
 
-    def __enter__(self) -> KernelRelay:
+    def __enter__(self) -> Self:
         (self.directory / "g").mkdir(mode=0o711)
         self._thread.start()
         assert self._ready.wait(20)
@@ -135,6 +142,10 @@ class KernelRelay:
         yield
         self.reachable = True
 
+    def protocols(self) -> dict[str, type[asyncio.Protocol]]:
+        """Others than uvicorn's own."""
+        return {}
+
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
@@ -150,6 +161,7 @@ class KernelRelay:
             ws_per_message_deflate=False,
             timeout_graceful_shutdown=2,
             ssl_context_factory=lambda *_: self.identity.context_for_server,
+            **self.protocols(),
         )
         server = uvicorn.Server(config)
         server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
@@ -260,12 +272,12 @@ async def _back(websocket: WebSocket, reader: asyncio.StreamReader) -> None:
 
 
 @contextlib.contextmanager
-def running_relay(*options: str) -> Iterator[KernelRelay]:
+def running_relay(*options: str, kind: type[R] = KernelRelay) -> Iterator[R]:  # type: ignore[assignment]
     """A relay and its kernel service in a short directory that is removed afterwards."""
     directory = Path(tempfile.mkdtemp(prefix="cl-"))
     os.chmod(directory, 0o711)
     try:
-        with KernelRelay(directory, *options) as relay:
+        with kind(directory, *options) as relay:
             yield relay
     finally:
         shutil.rmtree(directory, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 import threading
@@ -58,6 +59,15 @@ def tls_context(folder: Path, *, maximum: str = "TLSv1_3", issued: bool = False)
     return context
 
 
+QUESTION = re.compile(
+    rb"(POST /\.well-known/attest HTTP/1\.1\r\n"
+    rb"((host|accept|accept-encoding|connection|user-agent|content-type|content-length): [^\r\n]*\r\n)+\r\n"
+    rb'\{"nonce":"[A-Za-z0-9_-]{43}="\})*',
+    re.IGNORECASE,
+)
+"""Requests for evidence, and nothing else: what an unproven machine may get."""
+
+
 class Passthrough:
     """A TCP switch: its connections go to `first` in turn, and all later ones to `then`."""
 
@@ -72,6 +82,10 @@ class Passthrough:
     @property
     def url(self) -> str:
         return f"https://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def divert(self, port: int) -> None:
+        """Send the connections that are made from now on to `port`; those that are open stay."""
+        self._then = port
 
     def cut(self) -> None:
         """Break all connections that are open."""

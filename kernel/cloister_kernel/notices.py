@@ -1,0 +1,74 @@
+"""What the bridge itself has to say in a notebook, while the kernel can't: as output of the cells that wait for it."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from datetime import UTC, datetime
+
+from cloister_kernel.signing import DELIMITER
+
+MAX_WAITING = 64
+"""Cells that a notice goes to; one that has more of them queued shows it in the first."""
+MAX_HEADER = 1 << 16
+
+
+class Notices:
+    """Knows which of the notebook's cells wait for the kernel, and makes messages that appear below them.
+
+    Messages are the ZeroMQ parts of Jupyter's protocol (version 5) with an empty signature.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, bytes] = {}
+        self._session = secrets.token_hex(16)
+
+    def asked(self, parts: tuple[bytes, ...]) -> bool:
+        """A shell message of the notebook. Whether it wants a cell to be run, which then waits."""
+        header = _header(parts, 2)
+        name = header.get("msg_id")
+        if header.get("msg_type") != "execute_request" or not isinstance(name, str):
+            return False
+        if len(self._waiting) < MAX_WAITING:
+            self._waiting[name] = parts[parts.index(DELIMITER) + 2]
+        return True
+
+    def answered(self, parts: tuple[bytes, ...]) -> None:
+        """A shell message of the kernel, which may answer a cell."""
+        if self._waiting:
+            self._waiting.pop(str(_header(parts, 3).get("msg_id")), None)
+
+    def to_all(self, text: str) -> list[tuple[bytes, ...]]:
+        """`text` for every cell that waits; where none does, for nobody's cell: JupyterLab shows that in its log."""
+        return [self._stream(parent, text) for parent in list(self._waiting.values()) or [b"{}"]]
+
+    def to_last(self, text: str) -> list[tuple[bytes, ...]]:
+        """`text` for the cell that was asked last."""
+        return [self._stream(parent, text) for parent in list(self._waiting.values())[-1:]]
+
+    def _stream(self, parent: bytes, text: str) -> tuple[bytes, ...]:
+        header = {
+            "msg_id": secrets.token_hex(16),
+            "msg_type": "stream",
+            "session": self._session,
+            "username": "cloister",
+            "date": datetime.now(UTC).isoformat(),
+            "version": "5.3",
+        }
+        content = {"name": "stderr", "text": f"{text}\n"}
+        return (b"stream", DELIMITER, b"", json.dumps(header).encode(), parent, b"{}", json.dumps(content).encode())
+
+
+def _header(parts: tuple[bytes, ...], place: int) -> dict[str, object]:
+    """The header (place 2 after the delimiter) or the parent's (3); empty where it can't be one."""
+    try:
+        found = json.loads(_bounded(parts[parts.index(DELIMITER) + place]))
+    except (ValueError, IndexError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _bounded(part: bytes) -> bytes:
+    if len(part) > MAX_HEADER:
+        raise ValueError("no header is that long")
+    return part
