@@ -163,24 +163,26 @@ def tdx_parts(name: str) -> Iterator[Part]:
     body = size - len(body_of(parsed))
     key = size + 4
     report = auth - tdx_abi.SIGNATURE_BYTES - tdx_abi.QE_REPORT_BYTES
-    yield within("header", 0, body, "format", "signature")
-    yield within("body", body, size, "signature")
-    yield within("signature length", size, key, "format")
-    yield within("signature", key, key + 64, "signature")
-    yield within("attestation key", key + 64, key + 128, "signature", "qe-binding")
-    yield within("certification header", key + 128, report, "format")
-    yield within("qe report", report, report + tdx_abi.QE_REPORT_BYTES, "qe-report")
-    yield within("qe report signature", report + tdx_abi.QE_REPORT_BYTES, auth, "qe-report")
-    yield within("auth data", auth, start, "format", "qe-binding")
+    yield within("header", 0, body, "tdx-format", "tdx-signature")
+    yield within("body", body, size, "tdx-signature")
+    yield within("signature length", size, key, "tdx-format")
+    yield within("signature", key, key + 64, "tdx-signature")
+    yield within("attestation key", key + 64, key + 128, "tdx-signature", "tdx-qe-binding")
+    yield within("certification header", key + 128, report, "tdx-format")
+    yield within("qe report", report, report + tdx_abi.QE_REPORT_BYTES, "tdx-qe-report")
+    yield within("qe report signature", report + tdx_abi.QE_REPORT_BYTES, auth, "tdx-qe-report")
+    yield within("auth data", auth, start, "tdx-format", "tdx-qe-binding")
     for index, certificate in enumerate(chain.load_pem(parsed.pck_chain, "chain")):
         yield certificate_part(valid, parsed.pck_chain, index, certificate)
     for piece, member in (("tcb_info", "tcbInfo"), ("qe_identity", "enclaveIdentity")):
-        check = f"{piece.replace('_', '-')}-signature"
+        check = f"tdx-{piece.replace('_', '-')}-signature"
         yield document_part(valid, piece, member, check)
         for index, certificate in enumerate(chain.load_pem(getattr(valid.collateral, f"{piece}_chain"), "chain")):
             yield signer_part(valid, f"{piece}_chain", index, certificate, check)
     for piece in ("root_crl", "pck_crl"):
-        yield Part(piece, getattr(valid.collateral, piece), frozenset({piece.replace("_", "-")}), given(valid, piece))
+        yield Part(
+            piece, getattr(valid.collateral, piece), frozenset({"tdx-" + piece.replace("_", "-")}), given(valid, piece)
+        )
 
 
 def body_of(parsed: tdx_abi.Quote) -> bytes:
@@ -220,7 +222,7 @@ def certificate_part(valid: Tdx, pem: bytes, index: int, certificate: x509.Certi
         return valid.failed_over(with_pck_chain(valid.quote, pem_with(pem, index, changed)))
 
     der = certificate.public_bytes(Encoding.DER)
-    return Part(f"pck chain {index}", der, frozenset({"pck-chain", "root"}), appraise)
+    return Part(f"pck chain {index}", der, frozenset({"tdx-pck-chain", "tdx-root"}), appraise)
 
 
 def signer_part(valid: Tdx, piece: str, index: int, certificate: x509.Certificate, check: str) -> Part:

@@ -40,23 +40,12 @@ from tests.cloister_attest.devices.recorded import (
     snp_report,
     tdx_quote,
 )
+from tests.cloister_attest.policies import SNP_POLICY
 from tests.cloister_attest.snp.minted import AT, REPORT_DATA, Recipe, mint, strict_policy
 from tests.cloister_attest.tdx import minting
 
 EVIDENCE = Path(os.environ.get("CLOISTER_EVIDENCE", Path(__file__).parents[4] / "shared" / "evidence"))
-WRITERS = AttestationPolicy(
-    format=1,
-    platform="sev-snp",
-    roots="vendor",
-    measurements="any",
-    debug="forbidden",
-    minimum_tcb="any",
-    chips_allowed="any",
-    chips_denied=(),
-    gpu="any",
-    log_key="any",
-    log_origin="any",
-)
+WRITERS = AttestationPolicy(format=2, publisher="none", gpu="any", log_key="any", log_origin="any", hardware=SNP_POLICY)
 
 
 def through_tsm(files: FakeConfigfs) -> SnpHardware:
@@ -117,7 +106,7 @@ def test_a_strict_client_accepts_what_a_tdx_machine_collects():
     checks = appraise_tdx(quote, minting.collateral(), minting.strict(), ASKED, minting.AT)
     assert [check for check in checks if check.verdict == "fail"] == []
     stale = appraise_tdx(quote, minting.collateral(), minting.strict(), REPORT_DATA, minting.AT)
-    assert [check.name for check in stale if check.verdict == "fail"] == ["report-data"]
+    assert [check.name for check in stale if check.verdict == "fail"] == ["tdx-report-data"]
 
 
 @pytest.mark.parametrize("entries", [(), (ASK_GUID, ARK_GUID), (VCEK_GUID,), (VCEK_GUID, ARK_GUID), (VLEK_GUID,)])
