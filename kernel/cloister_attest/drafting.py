@@ -79,6 +79,7 @@ def _snp(report: bytes, certificates: Sequence[bytes], known: Product | None) ->
             ),
         ),
         minimum_launch_tcb="any",
+        minimum_firmware="any",
         provisional_firmware="any",
         mitigations="any",
         platform_info=PlatformRequirements(

@@ -28,6 +28,7 @@ SNP_POLICY = SnpPolicy(
     minimum_guest_svn="any",
     minimum_tcb=(MinimumTcb(product="Milan", fmc="absent", bootloader=4, tee=0, snp=22, microcode=213),),
     minimum_launch_tcb="any",
+    minimum_firmware="any",
     provisional_firmware="forbidden",
     mitigations="any",
     platform_info=PlatformRequirements(

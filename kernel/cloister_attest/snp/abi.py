@@ -99,7 +99,11 @@ _POLICY_DEFINED = (1 << 26) - 1
 
 @dataclass(frozen=True)
 class PlatformInfo:
-    """PLATFORM_INFO (56860, table "PLATFORM_INFO Field"). Firmware sets bits that older documents don't define yet."""
+    """PLATFORM_INFO (56860, table "PLATFORM_INFO Field"). Firmware sets bits that older documents don't define yet.
+
+    So a bit that isn't named here is neither refused nor judged. That goes for bit 6: other verifiers call it
+    IOMMU_WRITE_SAFE on Turin, and revision 1.58 reserves it; `raw` shows it.
+    """
 
     raw: int
 

@@ -103,6 +103,7 @@ class _Appraisal:
             "snp-launch-tcb": lambda: validate.validate_minimum(
                 self._report.launch_tcb, self._product_named, policy.minimum_launch_tcb, "launch tcb"
             ),
+            "snp-minimum-firmware": lambda: validate.validate_firmware(self._report, policy),
             "snp-committed": lambda: validate.validate_committed(self._report, policy),
             "snp-mitigations": lambda: validate.validate_mitigations(self._report, policy),
             "snp-platform-smt": lambda: bit(self._report.platform_info.smt_en, platform.smt_en, "SMT_EN"),

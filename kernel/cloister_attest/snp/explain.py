@@ -42,6 +42,7 @@ JUDGEMENT: dict[str, tuple[str, str]] = {
     "snp-tcb-order": ("The security versions don't contradict each other.", "AMD 56860, SNP_CONFIG, SNP_COMMIT"),
     "snp-minimum-tcb": ("The platform's firmware is recent enough.", "policy: minimum_tcb"),
     "snp-launch-tcb": ("The firmware that launched the machine is recent enough.", "policy: minimum_launch_tcb"),
+    "snp-minimum-firmware": ("The firmware that is committed is recent enough.", "policy: minimum_firmware"),
     "snp-committed": ("The host can't go back to older firmware.", "policy: provisional_firmware"),
     "snp-mitigations": ("The demanded mitigations are in force.", "policy: mitigations"),
     "snp-platform-smt": ("The host's simultaneous multithreading.", "policy: platform_info.smt_en"),

@@ -55,6 +55,16 @@ class MinimumAbi(Wire):
     minor: Byte
 
 
+class MinimumFirmware(Wire):
+    """The lowest version of the SNP firmware. Versions compare by `major`, then `minor`, then `build`."""
+
+    model_config = ConfigDict(strict=True)
+
+    major: Byte
+    minor: Byte
+    build: Byte
+
+
 class PlatformRequirements(Wire):
     """The bits of PLATFORM_INFO (56860), which say how the host is set up."""
 
@@ -92,6 +102,7 @@ class SnpPolicy(Wire):
         minimum_guest_svn: GUEST_SVN of the ID block.
         minimum_tcb: of REPORTED_TCB, from which the signing key is derived.
         minimum_launch_tcb: of LAUNCH_TCB, the firmware that launched or took in the guest.
+        minimum_firmware: of COMMITTED_MAJOR, COMMITTED_MINOR and COMMITTED_BUILD, below which the host can't go.
         provisional_firmware: "forbidden" demands that the running firmware is the committed one, to which the host
             can't go back from it.
         mitigations: bits that LAUNCH_MIT_VECTOR and CURRENT_MIT_VECTOR must have set (report version 5).
@@ -128,6 +139,7 @@ class SnpPolicy(Wire):
     minimum_guest_svn: Annotated[int, Field(ge=0, lt=1 << 32)] | Any
     minimum_tcb: Minimums
     minimum_launch_tcb: Minimums
+    minimum_firmware: MinimumFirmware | Any
     provisional_firmware: Literal["forbidden", "any"]
     mitigations: Mask64 | Any
     platform_info: PlatformRequirements

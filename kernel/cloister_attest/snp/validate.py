@@ -10,7 +10,7 @@ import hmac
 
 from cloister_attest.fields import accepts
 from cloister_attest.outcome import EvidenceError, Outcome, ReportDataUnchecked, not_applicable, passed
-from cloister_attest.snp.abi import REPORT_DATA_BYTES, VMPL_HOST, Report
+from cloister_attest.snp.abi import REPORT_DATA_BYTES, VMPL_HOST, FirmwareVersion, Report
 from cloister_attest.snp.certificates import read_leaf
 from cloister_attest.snp.policy import Minimums, Requirement, SnpPolicy
 from cloister_attest.snp.products import Product, decode_tcb
@@ -100,6 +100,17 @@ def validate_minimum(raw: bytes, product: Product, minimums: Minimums, name: str
                 raise EvidenceError(f"the {name} is {shown}, and the policy demands at least {minimum.tcb}")
             return passed(f"the {name} is {shown}, at least {minimum.tcb}")
     raise EvidenceError(f"the policy names no minimum of the {name} for {product}")
+
+
+def validate_firmware(report: Report, policy: SnpPolicy) -> Outcome:
+    """Of the committed version, not the running one: the host may go back from that at any time (56860, SNP_COMMIT)."""
+    if policy.minimum_firmware == "any":
+        return not_applicable("the policy accepts any version of the firmware")
+    shown, least = report.committed, policy.minimum_firmware
+    demanded = FirmwareVersion(least.major, least.minor, least.build)
+    if (shown.major, shown.minor, shown.build) < (least.major, least.minor, least.build):
+        raise EvidenceError(f"the firmware {shown} is committed, and the policy demands at least {demanded}")
+    return passed(f"the firmware {shown} is committed, at least {demanded}")
 
 
 def validate_committed(report: Report, policy: SnpPolicy) -> Outcome:

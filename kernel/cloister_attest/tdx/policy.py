@@ -27,10 +27,10 @@ AcceptableStatus = Literal[
 
 Statuses = Annotated[tuple[AcceptableStatus, ...], Field(min_length=1, max_length=6)]
 
-TD_ATTRIBUTES_KNOWN = "0x80000000f8000071"
-"""The bits of ATTRIBUTES that this program knows: DEBUG 0, HGS+ 4, PERF_PROF 5, PMT_PROF 6, LASS 27, SEPT_VE_DISABLE
-28, MIGRATABLE 29, PKS 30, KL 31, PERFMON 63 (Intel TDX Module v1.5 ABI Specification, "ATTRIBUTES (TD Attributes)
-Definition")."""
+TD_ATTRIBUTES_KNOWN = "0xc0000000f8010071"
+"""The bits of ATTRIBUTES that this program knows: DEBUG 0, HGS+ 4, PERF_PROF 5, PMT_PROF 6, ICSSD 16, LASS 27,
+SEPT_VE_DISABLE 28, MIGRATABLE 29, PKS 30, KL 31, TPA 62, PERFMON 63 (Intel TDX Module v1.5 ABI Specification,
+"ATTRIBUTES (TD Attributes) Definition"; Linux, arch/x86/include/asm/shared/tdx.h)."""
 
 XFAM_KNOWN = "0x000000000006dbe7"
 """The bits of XFAM that this program knows (the same specification, "XFAM Definition"); 0 and 1 are fixed to one."""

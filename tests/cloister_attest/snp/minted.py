@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from cloister_attest.snp.certificate_table import Collateral
-from cloister_attest.snp.policy import MinimumAbi, MinimumTcb, PlatformRequirements, SnpPolicy
+from cloister_attest.snp.policy import MinimumAbi, MinimumFirmware, MinimumTcb, PlatformRequirements, SnpPolicy
 from cloister_attest.snp.products import Product
 
 NOW = datetime(2025, 6, 1, tzinfo=UTC)
@@ -135,6 +135,7 @@ def strict_policy(minted: Minted, product: Product = "Genoa", **changes: Any) ->
         "minimum_guest_svn": 7,
         "minimum_tcb": (tcb,),
         "minimum_launch_tcb": (tcb,),
+        "minimum_firmware": MinimumFirmware(major=1, minor=55, build=43),
         "provisional_firmware": "forbidden",
         "mitigations": 3,
         "platform_info": PlatformRequirements(

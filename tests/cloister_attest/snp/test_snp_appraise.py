@@ -16,7 +16,7 @@ from cloister_attest.result import Check
 from cloister_attest.snp.appraise import ReportDataUnchecked, appraise_snp
 from cloister_attest.snp.certificate_table import Collateral
 from cloister_attest.snp.explain import SNP_CHECKS
-from cloister_attest.snp.policy import MinimumAbi, MinimumTcb, PlatformRequirements, SnpPolicy
+from cloister_attest.snp.policy import MinimumAbi, MinimumFirmware, MinimumTcb, PlatformRequirements, SnpPolicy
 from cloister_attest.snp.products import PRODUCTS, Product
 from tests.cloister_attest.snp.minted import (
     AT,
@@ -128,7 +128,10 @@ MINTED_OTHERWISE: list[tuple[str, Recipe]] = [
     ("snp-minimum-tcb", Recipe(patch={0x180: lower(0)}, leaf_tcb=lower(0))),
     ("snp-launch-tcb", Recipe(patch={0x1F0: lower(7)})),
     ("snp-committed", Recipe(patch={0x1E0: lower(7)})),
-    ("snp-committed", Recipe(patch={0x1EC: b"\x2a"})),
+    ("snp-committed", Recipe(patch={0x1E8: b"\x2c"})),
+    ("snp-minimum-firmware", Recipe(patch={0x1E8: b"\x2a\x37\x01\x00\x2a\x37\x01"})),
+    ("snp-minimum-firmware", Recipe(patch={0x1E8: b"\xff\x36\x01\x00\xff\x36\x01"})),
+    ("snp-minimum-firmware", Recipe(patch={0x1E8: b"\xff\xff\x00\x00\xff\xff\x00"})),
     ("snp-mitigations", Recipe(patch={0x1F8: b"\x01"})),
     ("snp-mitigations", Recipe(patch={0x200: b"\x02"})),
     ("snp-platform-smt", Recipe(patch={0x40: b"\xbe"})),
@@ -162,6 +165,8 @@ JUDGED_OTHERWISE: list[tuple[str, dict[str, Any]]] = [
         {"minimum_tcb": (MinimumTcb(product="Milan", fmc="absent", bootloader=0, tee=0, snp=0, microcode=0),)},
     ),
     ("snp-abi", {"minimum_abi": MinimumAbi(major=3, minor=0)}),
+    ("snp-minimum-firmware", {"minimum_firmware": MinimumFirmware(major=1, minor=55, build=44)}),
+    ("snp-minimum-firmware", {"minimum_firmware": MinimumFirmware(major=2, minor=0, build=0)}),
     ("snp-product-admitted", {"products_allowed": ("Milan", "Turin")}),
     ("snp-product-admitted", {"products_denied": ("Genoa",)}),
     ("snp-chip-admitted", {"chips_allowed": ("0" * 128,)}),
@@ -213,6 +218,14 @@ def test_another_chip_fails_the_chip_and_its_admission() -> None:
     minted = mint(Recipe(hwid=b"d" * 64))
     assert failed(appraised(minted, strict_policy(minted))) == {"snp-chip", "snp-chip-admitted"}
     assert failed(appraised(minted, strict_policy(minted, chips_allowed="any"))) == {"snp-chip"}
+
+
+def test_newer_firmware_that_is_not_committed_does_not_count() -> None:
+    """The host goes back to what is committed whenever it likes."""
+    minted = mint(Recipe(patch={0x1E8: b"\xff\x37\x01\x00\x2a\x37\x01"}))
+    policy = strict_policy(minted, provisional_firmware="any")
+    assert failed(appraised(minted, policy)) == {"snp-minimum-firmware"}
+    assert failed(appraised(minted, strict_policy(minted, minimum_firmware="any"))) == {"snp-committed"}
 
 
 def test_a_turin_chip_is_eight_bytes_and_zeros() -> None:
