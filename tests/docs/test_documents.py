@@ -22,6 +22,7 @@ ALL_BLOCKS = [block for document in DOCUMENTS for block in blocks(document)]
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 INLINE_COMMAND = re.compile(r"(?<!`)`(cloister [a-z][^`]*)`(?!`)")
 NEEDS_A_CLOISTER = "needs a cloister"
+OWNERS_FILES = {"schema.toml", "policy.toml"}
 
 
 def the_cli() -> typer.Typer:
@@ -118,6 +119,11 @@ def test_continuous_integration_runs_what_people_run() -> None:
     assert lines[-1] == "make test"
 
 
+def test_every_toml_block_says_what_it_is() -> None:
+    notes = {block.note for block in ALL_BLOCKS if block.info == "toml"}
+    assert notes == OWNERS_FILES | {"trust file", "lines of a trust file"}
+
+
 def test_extras_that_are_named_exist() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     named = {
@@ -130,8 +136,8 @@ def test_extras_that_are_named_exist() -> None:
 def test_the_owners_files_load(tmp_path: Path) -> None:
     from cloister_cli.declare import load_policy, load_schema
 
-    files = {block.note: block.text for block in ALL_BLOCKS if block.info == "toml"}
-    assert set(files) == {"schema.toml", "policy.toml"}
+    files = {block.note: block.text for block in ALL_BLOCKS if block.info == "toml" and block.note in OWNERS_FILES}
+    assert set(files) == OWNERS_FILES
     for name, text in files.items():
         (tmp_path / name).write_text(text, "utf-8")
     assert [column.type for column in load_schema(tmp_path / "schema.toml").columns] == ["integer", "real", "category"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import re
 from typing import get_args
 
@@ -12,8 +14,19 @@ from fastapi.routing import APIRoute
 from starlette.routing import WebSocketRoute
 
 from cloister_attest.binding import LABEL, gpu_digest, report_data
-from cloister_attest.checks import check_names
-from cloister_attest.evidence import Evidence
+from cloister_attest.checks import AFTER, BEFORE, PLATFORM_CHECKS
+from cloister_attest.collateral.items import MAX_ITEMS, Item, Kind
+from cloister_attest.evidence import MAX_EVIDENCE_JSON, Evidence
+from cloister_attest.policy import FORMAT, MAX_TRUST_FILE, AttestationPolicy
+from cloister_attest.reference_values import (
+    MAX_ENVELOPE,
+    PAYLOAD_TYPE,
+    PREDICATE_TYPE,
+    Publisher,
+    ReferenceValues,
+    sign_reference_values,
+    verify_reference_values,
+)
 from cloister_attest.simulated import abi
 from cloister_data import errors, framing
 from cloister_data.checkpoint import verify_checkpoint
@@ -24,7 +37,7 @@ from cloister_data.events import Event
 from cloister_data.framing import Channel, ChannelFrame, FrameKind, pack_body, pack_frame
 from cloister_data.kernels import KernelLaunch, KernelOrder
 from cloister_data.owner import public_bytes, sign_policy, sign_statement
-from cloister_data.policy import POLICY_LABEL, Policy
+from cloister_data.policy import POLICY_LABEL, Platform, Policy
 from cloister_data.populations import MAX_OTHERS, POPULATION_LABEL, PopulationStatement
 from cloister_data.terms import GAP_LABEL, TERMS_LABEL
 from cloister_data.witness import WITNESS_LABEL
@@ -45,6 +58,7 @@ def test_every_vector_has_a_test() -> None:
         "body",
         "report-data",
         "checkpoint",
+        "reference-values",
         "policy",
         "population",
         "cosignature",
@@ -156,11 +170,54 @@ def test_simulated_report() -> None:
     assert (report[starts["signature r"] + 47], report[starts["signature s"] + 47]) == (3, 4)
 
 
-def test_evidence_fields_and_checks() -> None:
+def test_evidence_fields() -> None:
     assert [row[0] for row in table(PROTOCOL, "field") if row[0] in Evidence.model_fields] == list(
         Evidence.model_fields
     )
-    assert ", ".join(f"`{name}`" for name in check_names("simulated")) in TEXT
+    rows = table(PROTOCOL, "key of an item")
+    assert [row[0] for row in rows] == list(Item.model_fields)
+    assert rows[0][1] == ", ".join(get_args(Kind))
+    assert f"at most {MAX_ITEMS} items" in TEXT
+    assert f"reads at most {MAX_EVIDENCE_JSON >> 20} MiB" in TEXT
+
+
+def _rows(checks: dict[str, tuple[str, str]]) -> list[list[str]]:
+    return [[name, *told] for name, told in checks.items()]
+
+
+def test_checks_of_every_machine() -> None:
+    assert table(PROTOCOL, "check before") == _rows(BEFORE)
+    assert table(PROTOCOL, "check after") == _rows(AFTER)
+
+
+@pytest.mark.parametrize("platform", get_args(Platform))
+def test_checks_of_a_platform(platform: Platform) -> None:
+    assert table(PROTOCOL, f"check of {platform}") == _rows(PLATFORM_CHECKS[platform])
+
+
+def test_trust_file() -> None:
+    rows = [row for row in table(PROTOCOL, "key") if row[0] in AttestationPolicy.model_fields]
+    assert [row[0] for row in rows] == list(AttestationPolicy.model_fields)
+    assert rows[0][1] == str(FORMAT)
+    assert ", ".join(Publisher.model_fields) in rows[1][1]
+    assert f"at most {MAX_TRUST_FILE >> 20} MiB, format {FORMAT}" in TEXT
+
+
+def test_reference_values() -> None:
+    vector = VECTORS["reference-values"]
+    seed, key = hexes("reference-values", "seed", "key")
+    signing = Ed25519PrivateKey.from_private_bytes(seed)
+    assert signing.public_key().public_bytes_raw() == key
+    values = ReferenceValues.from_json(vector["predicate"])
+    envelope = sign_reference_values(values, vector["artifact"], signing)
+    made = json.loads(envelope)
+    assert base64.b64decode(made["payload"]).decode() == vector["payload"]
+    assert [each["sig"] for each in made["signatures"]] == [vector["sig"]]
+    publisher = Publisher(key=key.hex(), image="cloister", minimum_version="1.4")
+    assert verify_reference_values(envelope, publisher, values.issued) == values
+    assert [row[0] for row in table(PROTOCOL, "key of the predicate")] == list(ReferenceValues.model_fields)
+    assert all(f"`{name}`" in TEXT for name in (PAYLOAD_TYPE, PREDICATE_TYPE))
+    assert f"at most {MAX_ENVELOPE >> 10} KiB" in TEXT
 
 
 def test_errors() -> None:

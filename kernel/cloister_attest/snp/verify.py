@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Literal
 
 from cryptography import x509
@@ -61,12 +62,12 @@ class Chain:
     intermediate: x509.Certificate
     root: x509.Certificate
 
-    @property
+    @cached_property
     def product(self) -> Product:
         """The product that the root is named for."""
         return product_named(self.root, "ARK-", "root")
 
-    @property
+    @cached_property
     def kind(self) -> LeafKind:
         """What the leaf is named."""
         name = common_name(self.leaf, "leaf")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Literal, TypeVar
 
 from cloister_attest.outcome import EvidenceError, Outcome, ReportDataUnchecked, not_applicable, passed
@@ -14,6 +15,7 @@ from cloister_attest.tdx.explain import TDX_CHECKS
 from cloister_attest.tdx.extension import SgxExtension
 from cloister_attest.tdx.policy import TdxPolicy
 
+_Signers = Literal["tcb_info_chain", "qe_identity_chain"]
 _Piece = Literal["tcb_info", "tcb_info_chain", "qe_identity", "qe_identity_chain", "root_crl", "pck_crl"]
 _PIECES: tuple[_Piece, ...] = (
     "tcb_info",
@@ -62,6 +64,7 @@ class _Appraisal:
         self._given_quote: abi.Quote | None = None
         self._given_chain: chain.PckChain | None = None
         self._given_platform: SgxExtension | None = None
+        self._signing: dict[_Signers, chain.SigningChain] = {}
         self._pinned = frozenset([chain.INTEL_SGX_ROOT] if policy.roots == "vendor" else policy.roots)
 
     def run(self) -> tuple[Check, ...]:
@@ -161,58 +164,58 @@ class _Appraisal:
         return passed("the attestation key signed header and TD report")
 
     def _qe_identity_signature(self) -> Outcome:
-        return self._document_signature("qe_identity", self._qe_document(), "qe_identity_chain")
+        return self._document_signature("qe_identity", self._qe_document, "qe_identity_chain")
 
     def _qe_identity_dates(self) -> Outcome:
-        return self._document_dates("qe_identity", self._qe_document(), "qe_identity_chain")
+        return self._document_dates("qe_identity", self._qe_document, "qe_identity_chain")
 
     def _qe_identity_match(self) -> Outcome:
-        verify.verify_qe_identity(self._quote().qe_report, self._qe_identity())
+        verify.verify_qe_identity(self._quote().qe_report, self._qe_identity)
         return passed("the quoting enclave is Intel's")
 
     def _qe_level(self) -> Outcome:
-        level = verify.qe_level(self._quote().qe_report, self._qe_identity())
+        level = verify.qe_level(self._quote().qe_report, self._qe_identity)
         return passed(f"the quoting enclave reaches the level of ISVSVN {level.tcb.isvsvn}")
 
     def _tcb_info_signature(self) -> Outcome:
-        return self._document_signature("tcb_info", self._tcb_document(), "tcb_info_chain")
+        return self._document_signature("tcb_info", self._tcb_document, "tcb_info_chain")
 
     def _tcb_info_dates(self) -> Outcome:
-        return self._document_dates("tcb_info", self._tcb_document(), "tcb_info_chain")
+        return self._document_dates("tcb_info", self._tcb_document, "tcb_info_chain")
 
     def _tcb_info_match(self) -> Outcome:
-        info = self._tcb_info()
+        info = self._tcb_info
         verify.verify_tcb_info(self._platform(), info)
         return passed(f"TCB info of this platform, of TCB evaluation {info.tcb_evaluation_data_number}")
 
     def _module(self) -> Outcome:
-        level = verify.module_level(self._report(), self._tcb_info())
+        level = verify.module_level(self._report(), self._tcb_info)
         if level is None:
             return passed("Intel's TDX module of version 0, whose SVN the platform's level judges")
         return passed(f"Intel's TDX module, which reaches the level of ISVSVN {level.tcb.isvsvn}")
 
     def _tcb_level(self) -> Outcome:
-        level = verify.platform_level(self._report(), self._platform(), self._tcb_info())
+        level = verify.platform_level(self._report(), self._platform(), self._tcb_info)
         return passed(f"the platform reaches the level of {level.tcb_date[:10]}")
 
     def _platform_status(self) -> Outcome:
-        level = verify.platform_level(self._report(), self._platform(), self._tcb_info())
+        level = verify.platform_level(self._report(), self._platform(), self._tcb_info)
         return validate.validate_status("platform", level, self._policy.platform_tcb)
 
     def _module_status(self) -> Outcome:
-        level = verify.module_level(self._report(), self._tcb_info())
+        level = verify.module_level(self._report(), self._tcb_info)
         if level is None:
             return not_applicable("Intel judges a TDX module of version 0 by the platform's level")
         return validate.validate_status("TDX module", level, self._policy.module_tcb)
 
     def _qe_status(self) -> Outcome:
-        level = verify.qe_level(self._quote().qe_report, self._qe_identity())
+        level = verify.qe_level(self._quote().qe_report, self._qe_identity)
         return validate.validate_status("quoting enclave", level, self._policy.qe_tcb)
 
     def _evaluation(self) -> Outcome:
         numbers = {
-            "TCB info": self._tcb_info().tcb_evaluation_data_number,
-            "QE identity": self._qe_identity().tcb_evaluation_data_number,
+            "TCB info": self._tcb_info.tcb_evaluation_data_number,
+            "QE identity": self._qe_identity.tcb_evaluation_data_number,
         }
         return validate.validate_evaluation(numbers, self._policy)
 
@@ -229,10 +232,10 @@ class _Appraisal:
         self,
         piece: _Piece,
         document: pcs.SignedDocument,
-        chain_piece: Literal["tcb_info_chain", "qe_identity_chain"],
+        signers: _Signers,
     ) -> Outcome:
         name = piece.replace("_", " ")
-        signing = chain.verify_signing_chain(self._piece(chain_piece), f"{name}'s signing chain")
+        signing = self._signing_chain(signers)
         chain.verify_root(signing.root, self._pinned)
         pcs.verify_document(document, signing.signer, name)
         return passed("Intel's TCB signer signed it, under a pinned root")
@@ -241,31 +244,41 @@ class _Appraisal:
         self,
         piece: _Piece,
         document: pcs.SignedDocument,
-        chain_piece: Literal["tcb_info_chain", "qe_identity_chain"],
+        signers: _Signers,
     ) -> Outcome:
         name = piece.replace("_", " ")
         until = pcs.verify_document_dates(document, self._at, name, self._fetch(piece))
-        signing = chain.verify_signing_chain(self._piece(chain_piece), f"{name}'s signing chain")
+        signing = self._signing_chain(signers)
         chain.verify_dates(signing.certificates, self._at)
         return passed(f"current until {until:%Y-%m-%d}")
 
     def _signing_chains(self) -> list[chain.SigningChain]:
-        given = {"TCB info": self._pieces.tcb_info_chain, "QE identity": self._pieces.qe_identity_chain}
-        return [
-            chain.verify_signing_chain(pem, f"{name}'s signing chain") for name, pem in given.items() if pem is not None
-        ]
+        given: tuple[_Signers, ...] = ("tcb_info_chain", "qe_identity_chain")
+        return [self._signing_chain(piece) for piece in given if getattr(self._pieces, piece) is not None]
 
+    def _signing_chain(self, piece: _Signers) -> chain.SigningChain:
+        if piece not in self._signing:
+            name = "TCB info" if piece == "tcb_info_chain" else "QE identity"
+            self._signing[piece] = chain.verify_signing_chain(self._piece(piece), f"{name}'s signing chain")
+        return self._signing[piece]
+
+    # What was read is read once; what can't be read fails every check that asks for it.
+
+    @cached_property
     def _tcb_document(self) -> pcs.SignedDocument:
         return pcs.parse_signed(self._piece("tcb_info"), "tcbInfo")
 
+    @cached_property
     def _qe_document(self) -> pcs.SignedDocument:
         return pcs.parse_signed(self._piece("qe_identity"), "enclaveIdentity")
 
+    @cached_property
     def _tcb_info(self) -> pcs.TcbInfo:
-        return pcs.parse_tcb_info(self._tcb_document())
+        return pcs.parse_tcb_info(self._tcb_document)
 
+    @cached_property
     def _qe_identity(self) -> pcs.QeIdentity:
-        return pcs.parse_qe_identity(self._qe_document())
+        return pcs.parse_qe_identity(self._qe_document)
 
     def _quote(self) -> abi.Quote:
         return _held(self._given_quote, "not checked, for the quote can't be read")

@@ -88,21 +88,22 @@ class Minted:
         return hashlib.sha256(self.collateral.root or b"").hexdigest()
 
 
-def mint(recipe: Recipe) -> Minted:
+def mint(recipe: Recipe, leaf_key: ec.EllipticCurvePrivateKey | None = None) -> Minted:
+    """A report with its collateral. With `leaf_key`, `report` makes more of the same chip's."""
     product, kind = recipe.product, recipe.kind
     root_name = _name(f"ARK-{product}")
     prefix = recipe.issuer_prefix or ("SEV-" if kind == "VCEK" else "SEV-VLEK-")
     issuer_name = _name(prefix + (recipe.issuer_product or product))
     root = _authority(root_name, root_name, root_key(), ROOT_SERIAL, True)
     issuer = _authority(issuer_name, root_name, issuer_key(), ISSUER_SERIAL, recipe.issuer_authority)
-    leaf_key = ec.generate_private_key(recipe.leaf_curve or ec.SECP384R1())
+    leaf_key = leaf_key or ec.generate_private_key(recipe.leaf_curve or ec.SECP384R1())
     collateral = Collateral(
         leaf=_leaf(recipe, leaf_key, issuer_name),
         intermediate=issuer.public_bytes(Encoding.DER),
         root=root.public_bytes(Encoding.DER),
         crl=_crl(recipe, root_name) if recipe.crl else None,
     )
-    return Minted(_report(recipe, leaf_key), collateral)
+    return Minted(report(recipe, leaf_key), collateral)
 
 
 def strict_policy(minted: Minted, product: Product = "Genoa", **changes: Any) -> SnpPolicy:
@@ -265,7 +266,8 @@ def _crl(recipe: Recipe, root_name: x509.Name) -> bytes:
     return builder.sign(signer, SHA384(), rsa_padding=pss()).public_bytes(Encoding.DER)
 
 
-def _report(recipe: Recipe, key: ec.EllipticCurvePrivateKey) -> bytes:
+def report(recipe: Recipe, key: ec.EllipticCurvePrivateKey) -> bytes:
+    """The 1184 bytes, signed by `key`."""
     product, version, vcek = recipe.product, recipe.version, recipe.kind == "VCEK"
     tcb = TCB[product]
     fields: dict[int, bytes] = {
@@ -293,15 +295,15 @@ def _report(recipe: Recipe, key: ec.EllipticCurvePrivateKey) -> bytes:
         0x1F0: tcb,
         0x1F8: (b"\x07" + bytes(7)) * 2 if version >= 5 else b"",
     }
-    report = bytearray(0x4A0)
+    made = bytearray(0x4A0)
     for offset, value in (*fields.items(), *recipe.patch.items()):
-        report[offset : offset + len(value)] = value
-    signature = key.sign(bytes(report[:0x2A0]), ec.ECDSA(SHA384()))
+        made[offset : offset + len(value)] = value
+    signature = key.sign(bytes(made[:0x2A0]), ec.ECDSA(SHA384()))
     for offset, number in zip((0x2A0, 0x2E8), decode_dss_signature(signature), strict=True):
-        report[offset : offset + 72] = number.to_bytes(72, "little")
+        made[offset : offset + 72] = number.to_bytes(72, "little")
     for offset, value in recipe.damage.items():
-        report[offset : offset + len(value)] = value
-    return bytes(report)
+        made[offset : offset + len(value)] = value
+    return bytes(made)
 
 
 def _der(tag: int, content: bytes) -> bytes:
