@@ -139,15 +139,14 @@ def refused_start(place: Site, says: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [({"measurements": (OLD.hex(),)}, "snp-measurement"), ({"roots": ("00" * 32,)}, "snp-root")],
-)
-def test_a_machine_that_its_own_trust_file_refuses_does_not_start(
-    place: Site, change: dict[str, Any], says: str
-) -> None:
-    place.write_trust(trust(place.machine.hardware()).demanding(**change))
-    refused_start(place, says)
+def test_a_machine_that_its_own_trust_file_refuses_does_not_start(place: Site) -> None:
+    good = trust(place.machine.hardware())
+    for change, says in (({"measurements": (OLD.hex(),)}, "snp-measurement"), ({"roots": ("00" * 32,)}, "snp-root")):
+        place.write_trust(good.demanding(**change))
+        refused_start(place, says)
+    place.write_trust(good)
+    with place.started():
+        pass
 
 
 def test_a_start_without_collateral_says_what_to_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
