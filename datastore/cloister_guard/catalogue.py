@@ -99,10 +99,10 @@ class Catalogue:
         with self._database.read() as session:
             self._check(session, caller, declaration)
         self._owners.require((caller.user,))
+        # Before the rows are read: an owner for whose data there is no key is refused here.
+        split_key = self._store.split_key(declaration.population)
         table = add_places(
-            self._read(blob, declaration.data_format, declaration.data_schema),
-            declaration.data_schema,
-            self._store.split_key(declaration.population),
+            self._read(blob, declaration.data_format, declaration.data_schema), declaration.data_schema, split_key
         )
         earlier: tuple[DatasetVersion, ...] = ()
         if declaration.data_schema.partition is not None:

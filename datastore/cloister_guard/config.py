@@ -9,12 +9,20 @@ from typing import Annotated, Self
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
+from cloister_attest.policy import AttestationPolicy, load_policy
 from cloister_data.base import UserName, Wire
 from cloister_data.errors import ConfigurationError
 from cloister_data.policy import Platform
 
 MAX_SOCKET_PATH = 107
 """Longest path of a unix socket in bytes (unix(7): sun_path holds 108 with the closing zero)."""
+
+_WHOSE_IMAGE: dict[Platform, tuple[str, ...]] = {
+    "simulated": (),
+    "sev-snp": ("measurements",),
+    "tdx": ("mr_td", "rtmr1", "rtmr2"),
+}
+"""The keys of a trust file that say which image runs. On TDX: its firmware, what that starts, and with what."""
 
 
 class Bootstrap(Wire):
@@ -35,6 +43,12 @@ class GuardConfig(Wire):
         state_dir: where the database and the encrypted datasets live; made with mode 0700.
         runtime_dir: where the unix sockets live: a short path that the kernels' users can traverse, outside state_dir.
         homes_dir: where the kernels' home directories live; by default `runtime_dir/homes`.
+        platform: the hardware that proves this machine.
+        trust: on real hardware, the trust file that says what a machine that wrote this audit log must have proven, at
+            every start: this one, and all earlier ones.
+        collateral_dir: where the operator keeps what the processor's maker publishes (`cloister attest fetch-collateral
+            --to DIR`): it goes along with the evidence.
+        reference_values: what the image's publisher signed; it goes along too, and may be replaced at any time.
         database: an SQLAlchemy URL; by default SQLite in `state_dir`.
         max_queries, max_jobs: how many workers answer questions, and train, at the same time.
         worker_memory_mb: address-space limit of one worker, also of one that reads an upload.
@@ -49,6 +63,9 @@ class GuardConfig(Wire):
     runtime_dir: Path
     homes_dir: Path | None = None
     platform: Platform
+    trust: Path | None = None
+    collateral_dir: Path | None = None
+    reference_values: Path | None = None
     database: Annotated[str, StringConstraints(max_length=1024)] | None = None
     bootstrap: Bootstrap | None = None
     max_queries: int = Field(default=4, ge=1, le=64)
@@ -62,10 +79,55 @@ class GuardConfig(Wire):
     def _absolute(self) -> Self:
         if not all(path.is_absolute() for path in (self.state_dir, self.runtime_dir, self.homes)):
             raise ValueError("state_dir, runtime_dir and homes_dir must be absolute paths")
+        named = (self.trust, self.collateral_dir, self.reference_values)
+        if not all(path.is_absolute() for path in named if path is not None):
+            raise ValueError("trust, collateral_dir and reference_values must be absolute paths")
         # Kernels reach their sockets and homes; they must never reach what lies in the state directory.
         if any(path.is_relative_to(self.state_dir) for path in (self.runtime_dir, self.homes)):
             raise ValueError("runtime_dir and homes_dir must lie outside state_dir")
         return self
+
+    @model_validator(mode="after")
+    def _who_writes_the_log(self) -> Self:
+        if self.platform == "simulated" and self.trust is not None:
+            raise ValueError("simulated hardware says itself who may write its audit log: trust is for real hardware")
+        if self.platform != "simulated" and self.trust is None:
+            raise ValueError(
+                "real hardware needs a trust file: trust = what a machine that wrote this audit log must have proven"
+            )
+        return self
+
+    def writers(self) -> AttestationPolicy | None:
+        """What a machine that wrote this audit log must have proven; None on simulated hardware, which says it itself.
+
+        Raises ConfigurationError where the trust file can't be read, is for another platform, or would let anybody's
+        machine write the log.
+        """
+        if self.trust is None:
+            return None
+        policy = load_policy(self.trust)
+        if policy.platform != self.platform:
+            raise ConfigurationError(
+                f"The trust file {self.trust} is for {policy.platform}, and the configuration for {self.platform}.",
+                why="Only evidence of the platform that it names is believed.",
+                next_step="Set the platform that this machine has, and a trust file for it.",
+            )
+        hardware = policy.hardware
+        for key in _WHOSE_IMAGE[self.platform]:
+            if getattr(hardware, key) == "any":
+                raise ConfigurationError(
+                    f'The trust file {self.trust} says {key} = "any".',
+                    why="Then anybody could run any image on such a machine, and forge this audit log with it.",
+                    next_step='List what the image measures (cloister attest measure), or set "published" and name its '
+                    "publisher.",
+                )
+        if hardware.debug == "any":
+            raise ConfigurationError(
+                f'The trust file {self.trust} says debug = "any".',
+                why="A host reads the keys out of a machine that it may debug, and could forge this audit log.",
+                next_step='Set debug = "forbidden".',
+            )
+        return policy
 
     @property
     def host(self) -> str:

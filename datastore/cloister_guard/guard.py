@@ -30,7 +30,7 @@ from cloister_budget.whatif import PastRequest, replay
 from cloister_data.accounts import AccountHistoryList, AccountView, WhatIf, WhatIfChange
 from cloister_data.base import Wire
 from cloister_data.datasets import PolicyView
-from cloister_data.errors import BudgetRefusedError, CloisterError, ConfigurationError, NotFoundError
+from cloister_data.errors import BudgetRefusedError, CloisterError, NotFoundError
 from cloister_data.kernels import KernelLaunch, KernelView
 from cloister_data.policy import Policy, SignedPolicy
 from cloister_data.requests import BudgetAnswer, BudgetRequest, BudgetRequestView
@@ -41,7 +41,7 @@ from cloister_guard.catalogue import Catalogue
 from cloister_guard.charging import Charging
 from cloister_guard.config import GuardConfig
 from cloister_guard.counts import FLUSH_SECONDS, Counts
-from cloister_guard.datasets.keys import FileKeyProvider, KeyRing
+from cloister_guard.datasets.keys import FileKeyProvider, KeyProvider, KeyRing, NoMachineKey
 from cloister_guard.datasets.store import DatasetStore
 from cloister_guard.events import EventHub
 from cloister_guard.evidence import EvidenceDesk
@@ -56,6 +56,7 @@ from cloister_guard.refusals import Refusals
 from cloister_guard.release import ReleaseDesk
 from cloister_guard.requests import Requests
 from cloister_guard.restore import read_copy
+from cloister_guard.staples import Staples
 from cloister_guard.starts import Vouching
 from cloister_guard.uploads import UPLOADS_AT_ONCE, UploadReader
 from cloister_guard.witness import WitnessDesk
@@ -77,22 +78,18 @@ class Guard:
     def __init__(self, config: GuardConfig) -> None:
         """Open the state. Raises ConfigurationError or StorageError before anything listens."""
         config.make_directories()
-        if config.platform != "simulated":
-            raise ConfigurationError(
-                f"This version can't serve on {config.platform}.",
-                why="Data keys can only come from a file, and a file key is for simulated hardware alone.",
-                next_step='Set platform = "simulated" to try Cloister; real hardware needs a later version.',
-            )
+        attester = attester_for(config.platform, config.state_dir, config.writers())
         self.config = config
         self.database = open_database(config.database_url)
         log = AuditLog(Ed25519PrivateKey.generate(), origin=f"cloister/{config.name}", clock=steady_time)
-        attester = attester_for(config.platform, config.state_dir, None)
-        self.journal = Journal(log, Vouching(attester.writers()))
+        vouching = Vouching(attester.writers(), config.state_dir / "refused-evidence.json")
+        self.journal = Journal(log, vouching)
         self.ledger = Ledger(steady_time)
         self.events = EventHub()
         self.counts = Counts()
         self.identity = Identity(self.database, self.journal, self.counts)
-        self.evidence = EvidenceDesk(attester, self.database, self.journal, self.counts, config.name)
+        staples = Staples(config.collateral_dir, config.reference_values)
+        self.evidence = EvidenceDesk(attester, staples, vouching, self.database, self.journal, self.counts, config.name)
         self.audit = AuditReader(self.database, self.journal)
         self.leases = Leases(config.lease_seconds)
         self.owners = Owners(self.database, self.journal, self.leases)
@@ -104,7 +101,11 @@ class Guard:
             self.counts,
             bytes.fromhex(self.evidence.certificate_digest),
         )
-        machine = FileKeyProvider(config.state_dir / "master.key", platform=config.platform)
+        machine: KeyProvider = (
+            FileKeyProvider(config.state_dir / "master.key", platform=config.platform)
+            if config.platform == "simulated"
+            else NoMachineKey()
+        )
         keys = KeyRing(machine, self.owners.lent)
         self.store = DatasetStore(config.state_dir / "data", keys)
         self.models = ModelStore(config.state_dir / "models")

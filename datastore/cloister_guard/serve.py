@@ -121,7 +121,7 @@ async def _serve(config: GuardConfig, companion: Sequence[str], listener: socket
 
 def _say_ready(config: GuardConfig, path: Path, port: int) -> None:
     host = f"[{config.host}]" if ":" in config.host else config.host
-    trust = config.state_dir / "trust.toml"
+    trust = config.trust or config.state_dir / "trust.toml"
     if config.platform == "simulated":
         # Whoever reads this file trusts this machine's own word: good for a demonstration, and for nothing else.
         trust.write_text(simulated_hardware(config.state_dir).trust().to_toml())

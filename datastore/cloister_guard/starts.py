@@ -7,24 +7,33 @@ they can't make is hardware evidence that binds that key.
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
+from pathlib import Path
 
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
 from cloister_attest.appraise import appraise
-from cloister_attest.evidence import EvidenceRecord
+from cloister_attest.collateral.needs import Need, needs_of_snp, needs_of_tdx
+from cloister_attest.collateral.store import FETCH
+from cloister_attest.evidence import Evidence, EvidenceRecord
+from cloister_attest.outcome import EvidenceError
 from cloister_attest.policy import AttestationPolicy
+from cloister_attest.result import AttestationResult
 from cloister_budget.entries import COARSE_SECONDS
 from cloister_budget.replay import Start
 from cloister_budget.tables import EvidenceRow
-from cloister_data.errors import StorageError
+from cloister_data.errors import ConfigurationError, StorageError
+from cloister_guard.datasets.crypt import write_durably
 
 
 class Vouching:
     """Called by the journal for each start that it reads. `policy` is what a machine that wrote this log must prove."""
 
-    def __init__(self, policy: AttestationPolicy) -> None:
+    def __init__(self, policy: AttestationPolicy, refused: Path) -> None:
+        """`refused` is where the record of this guard's own start is put, if it doesn't convince."""
         self._policy = policy
+        self._refused = refused
 
     def __call__(self, session: Session, start: Start) -> None:
         """Raises StorageError where the start's evidence is missing, is another's, or doesn't convince."""
@@ -44,11 +53,48 @@ class Vouching:
         )
         if said != shown:
             raise _forged(start, "It says something else than its evidence.")
-        # A leaf's time is rounded down, and the evidence is from just before it.
-        at = start.at + COARSE_SECONDS
-        verdict = appraise(record.evidence, self._policy, certificate=record.certificate, nonce=record.nonce, at=at)
+        verdict = self._verdict(record, start.at)
         if not verdict.ok:
             raise _forged(start, f"Failed checks: {', '.join(check.name for check in verdict.failed)}.")
+
+    def require(self, record: EvidenceRecord, leaf_at: int) -> None:
+        """That this guard's own start, whose leaf has the coarse time `leaf_at`, will be believed later.
+
+        Raises ConfigurationError, which names the failed checks and what to fetch, and leaves the record for that.
+        """
+        verdict = self._verdict(record, leaf_at)
+        if verdict.ok:
+            return
+        with suppress(StorageError):
+            write_durably(self._refused, lambda file: file.write(record.to_json()))
+        missing = "".join(f" {need.what}: {need.url}." for need in _missing(record.evidence))
+        raise ConfigurationError(
+            "This machine's own evidence doesn't satisfy the trust file that says who may write its audit log.",
+            why="Failed checks: " + "; ".join(f"{check.name}: {check.reason}" for check in verdict.failed) + ".",
+            next_step="Nothing was written. Where the maker's collateral is missing or has expired, fetch it, and name "
+            f"the directory as collateral_dir: {FETCH} {self._refused} --to DIRECTORY.{missing} Otherwise this isn't "
+            "the machine or the image that the trust file demands.",
+        )
+
+    def _verdict(self, record: EvidenceRecord, leaf_at: int) -> AttestationResult:
+        # A leaf's time is rounded down, and the evidence is from just before it.
+        at = leaf_at + COARSE_SECONDS
+        return appraise(record.evidence, self._policy, certificate=record.certificate, nonce=record.nonce, at=at)
+
+
+def _missing(evidence: Evidence) -> tuple[Need, ...]:
+    """What the maker publishes for an appraisal of this evidence, and didn't come with it."""
+    held = {(item.kind, item.name) for item in evidence.collateral}
+    try:
+        if evidence.platform == "sev-snp":
+            needs = needs_of_snp(evidence.report, evidence.certificates)
+        elif evidence.platform == "tdx":
+            needs = needs_of_tdx(evidence.report)
+        else:
+            return ()
+    except EvidenceError:
+        return ()
+    return tuple(need for need in needs if (need.kind, need.name) not in held)
 
 
 def _forged(start: Start, why: str) -> StorageError:

@@ -38,6 +38,7 @@ def serve(
             next_step="Install it: pip install 'cloister[guard]'.",
         ) from error
     loaded = load_config(config)
+    loaded.writers()
     if check:
         typer.echo(f"{config}: good. It would listen on {loaded.listen} as {loaded.name} ({loaded.platform}).")
         return

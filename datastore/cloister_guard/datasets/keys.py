@@ -13,7 +13,7 @@ from typing import Protocol
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from cloister_data.errors import ConfigurationError, StorageError
+from cloister_data.errors import ConfigurationError, ConflictError, StorageError
 from cloister_data.policy import Platform
 
 KEY_BYTES = 32
@@ -126,6 +126,25 @@ class FileKeyProvider(WrappingKey):
                 next_step="Use a key provider whose keys are released to the confidential VM.",
             )
         super().__init__(_load_or_make(path), "Restore the key file and the database from the same backup.")
+
+
+class NoMachineKey:
+    """In the place of a machine's own key, on real hardware: there is none, so that data open by their owners alone."""
+
+    def wrap(self, key: bytes, context: bytes) -> bytes:
+        raise _owner_without_key("Nothing was stored.")
+
+    def unwrap(self, wrapped: bytes, context: bytes) -> bytes:
+        raise _owner_without_key("Nothing was opened.")
+
+
+def _owner_without_key(outcome: str) -> ConflictError:
+    return ConflictError(
+        f"This owner has no witness. {outcome}",
+        why="On real hardware data keys come from the owner only: this machine keeps none of its own.",
+        next_step="The owner makes one before the first upload, and lets it run: cloister owner init, then cloister "
+        "owner serve.",
+    )
 
 
 def _load_or_make(path: Path) -> bytes:

@@ -88,11 +88,14 @@ class DatasetStore:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"The directory {directory} can't be made.", why=f"{error.strerror}.") from error
-        self._secret = self._split_secret()
+        self._secret: bytes | None = None
 
     def split_key(self, population: str) -> bytes:
-        """The key (32 bytes) that `ingest.read_upload` hashes the units of `population` with."""
-        return population_key(self._keys.split_secret(_owner(population)) or self._secret, population)
+        """The key (32 bytes) that `ingest.read_upload` hashes the units of `population` with.
+
+        Raises ConflictError where the owner lends no key and the machine has none, UnavailableError, or StorageError.
+        """
+        return population_key(self._keys.split_secret(_owner(population)) or self._split_secret(), population)
 
     def write(self, table: pa.Table, *, dataset: str) -> StoredFile:
         """Store a validated table, with the columns that `ingest.read_upload` adds, as a version of `dataset`.
@@ -196,6 +199,13 @@ class DatasetStore:
         return values
 
     def _split_secret(self) -> bytes:
+        """The machine's own, for owners without a witness; made when the first of them uploads."""
+        with self._lock:
+            if self._secret is None:
+                self._secret = self._load_or_make_secret()
+            return self._secret
+
+    def _load_or_make_secret(self) -> bytes:
         path, context = self._directory / _SPLIT_KEY_FILE, b"split secret"
         if path.exists():
             try:

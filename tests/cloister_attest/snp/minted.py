@@ -51,10 +51,12 @@ PLATFORM_BITS = 0b10111111
 class Recipe:
     """What to make. The defaults make a report that `strict_policy` accepts.
 
-    `patch` is written into the report at its offsets before it is signed, `damage` afterwards.
+    `now` is when everything is made. `patch` is written into the report at its offsets before it is signed, `damage`
+    afterwards.
     """
 
     version: int = 5
+    now: datetime = NOW
     product: Product = "Genoa"
     kind: Literal["VCEK", "VLEK"] = "VCEK"
     patch: dict[int, bytes] = field(default_factory=dict)
@@ -89,13 +91,22 @@ class Minted:
 
 
 def mint(recipe: Recipe, leaf_key: ec.EllipticCurvePrivateKey | None = None) -> Minted:
+<<<<<<< HEAD
     """A report with its collateral. With `leaf_key`, `report` makes more of the same chip's."""
+=======
+    """With `leaf_key`, another report of the same machine."""
+>>>>>>> 1cc32b22f5cdd4a7db2d3434af70e632aca393be
     product, kind = recipe.product, recipe.kind
     root_name = _name(f"ARK-{product}")
     prefix = recipe.issuer_prefix or ("SEV-" if kind == "VCEK" else "SEV-VLEK-")
     issuer_name = _name(prefix + (recipe.issuer_product or product))
+<<<<<<< HEAD
     root = _authority(root_name, root_name, root_key(), ROOT_SERIAL, True)
     issuer = _authority(issuer_name, root_name, issuer_key(), ISSUER_SERIAL, recipe.issuer_authority)
+=======
+    root = _authority(root_name, root_name, root_key(), ROOT_SERIAL, True, recipe.now)
+    issuer = _authority(issuer_name, root_name, issuer_key(), ISSUER_SERIAL, recipe.issuer_authority, recipe.now)
+>>>>>>> 1cc32b22f5cdd4a7db2d3434af70e632aca393be
     leaf_key = leaf_key or ec.generate_private_key(recipe.leaf_curve or ec.SECP384R1())
     collateral = Collateral(
         leaf=_leaf(recipe, leaf_key, issuer_name),
@@ -187,7 +198,7 @@ def _name(common_name: str, organization: str = "Advanced Micro Devices") -> x50
 
 @cache
 def _authority(
-    subject: x509.Name, issuer: x509.Name, key: rsa.RSAPrivateKey, serial: int, authority: bool
+    subject: x509.Name, issuer: x509.Name, key: rsa.RSAPrivateKey, serial: int, authority: bool, now: datetime
 ) -> x509.Certificate:
     return (
         x509.CertificateBuilder()
@@ -195,8 +206,8 @@ def _authority(
         .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(serial)
-        .not_valid_before(NOW - 1000 * DAY)
-        .not_valid_after(NOW + 1000 * DAY)
+        .not_valid_before(now - 1000 * DAY)
+        .not_valid_after(now + 1000 * DAY)
         .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
         .add_extension(_usage(authority), critical=True)
         .sign(root_key(), SHA384(), rsa_padding=pss())
@@ -230,8 +241,8 @@ def _leaf(recipe: Recipe, key: ec.EllipticCurvePrivateKey, issuer_name: x509.Nam
         .issuer_name(issuer_name)
         .public_key(key.public_key())
         .serial_number(1)
-        .not_valid_before(NOW - 30 * DAY)
-        .not_valid_after(NOW + 30 * DAY)
+        .not_valid_before(recipe.now - 30 * DAY)
+        .not_valid_after(recipe.now + 30 * DAY)
     )
     for number, value in found.items():
         oid = x509.ObjectIdentifier(f"1.3.6.1.4.1.3704.1.{number}")
@@ -256,7 +267,7 @@ def _leaf(recipe: Recipe, key: ec.EllipticCurvePrivateKey, issuer_name: x509.Nam
 
 
 def _crl(recipe: Recipe, root_name: x509.Name) -> bytes:
-    made = NOW + recipe.crl_days * DAY
+    made = recipe.now + recipe.crl_days * DAY
     builder = x509.CertificateRevocationListBuilder().issuer_name(root_name)
     builder = builder.last_update(made - 10 * DAY).next_update(made + 10 * DAY)
     for serial in recipe.revoked:
