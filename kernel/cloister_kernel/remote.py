@@ -193,9 +193,13 @@ class RemoteKernel:
             yield connection
         finally:
             watch.cancel()
-            if session.doubt is not None:
+            try:
+                if session.doubt is None:
+                    await websocket.close()
+            finally:
+                # Also where the bridge is stopped while the other side takes its time to say goodbye.
                 websocket.transport.abort()
-            await websocket.close()
+                await websocket.wait_closed()
 
 
 def _refusal(status: int) -> CloisterError:
