@@ -91,22 +91,13 @@ class Minted:
 
 
 def mint(recipe: Recipe, leaf_key: ec.EllipticCurvePrivateKey | None = None) -> Minted:
-<<<<<<< HEAD
     """A report with its collateral. With `leaf_key`, `report` makes more of the same chip's."""
-=======
-    """With `leaf_key`, another report of the same machine."""
->>>>>>> 1cc32b22f5cdd4a7db2d3434af70e632aca393be
     product, kind = recipe.product, recipe.kind
     root_name = _name(f"ARK-{product}")
     prefix = recipe.issuer_prefix or ("SEV-" if kind == "VCEK" else "SEV-VLEK-")
     issuer_name = _name(prefix + (recipe.issuer_product or product))
-<<<<<<< HEAD
-    root = _authority(root_name, root_name, root_key(), ROOT_SERIAL, True)
-    issuer = _authority(issuer_name, root_name, issuer_key(), ISSUER_SERIAL, recipe.issuer_authority)
-=======
     root = _authority(root_name, root_name, root_key(), ROOT_SERIAL, True, recipe.now)
     issuer = _authority(issuer_name, root_name, issuer_key(), ISSUER_SERIAL, recipe.issuer_authority, recipe.now)
->>>>>>> 1cc32b22f5cdd4a7db2d3434af70e632aca393be
     leaf_key = leaf_key or ec.generate_private_key(recipe.leaf_curve or ec.SECP384R1())
     collateral = Collateral(
         leaf=_leaf(recipe, leaf_key, issuer_name),
