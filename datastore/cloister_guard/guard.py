@@ -108,6 +108,9 @@ class Guard:
         )
         keys = KeyRing(machine, self.owners.lent)
         self.store = DatasetStore(config.state_dir / "data", keys)
+        if config.platform == "simulated":
+            # A fault of the key file shows at the start, not at somebody's upload.
+            self.store.machine_secret()
         self.models = ModelStore(config.state_dir / "models")
         limits = WorkerLimits(memory_bytes=config.worker_memory_mb << 20)
         self.catalogue = Catalogue(

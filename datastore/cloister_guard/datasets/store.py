@@ -95,7 +95,7 @@ class DatasetStore:
 
         Raises ConflictError where the owner lends no key and the machine has none, UnavailableError, or StorageError.
         """
-        return population_key(self._keys.split_secret(_owner(population)) or self._split_secret(), population)
+        return population_key(self._keys.split_secret(_owner(population)) or self.machine_secret(), population)
 
     def write(self, table: pa.Table, *, dataset: str) -> StoredFile:
         """Store a validated table, with the columns that `ingest.read_upload` adds, as a version of `dataset`.
@@ -198,8 +198,11 @@ class DatasetStore:
                 self._splits.popitem(last=False)
         return values
 
-    def _split_secret(self) -> bytes:
-        """The machine's own, for owners without a witness; made when the first of them uploads."""
+    def machine_secret(self) -> bytes:
+        """The secret (32 bytes) behind the splits of owners without a witness, made where it is missing.
+
+        Raises ConflictError where the machine has no key of its own, or StorageError.
+        """
         with self._lock:
             if self._secret is None:
                 self._secret = self._load_or_make_secret()
