@@ -40,9 +40,10 @@ class Keeper:
         """`again` is a bound method of an object that the keeper doesn't keep alive. `interval` is in seconds."""
         self.bound = max(2 * interval, SHORTEST_BOUND)
         self._interval = interval
-        self._again = weakref.WeakMethod(again)
         self._proven = now()
-        self._stopped = threading.Event()
+        self._stopped = stopped = threading.Event()
+        # A session that nobody holds any more ends its timer now, not at its next turn.
+        self._again = weakref.WeakMethod(again, lambda _: stopped.set())
         self._pid = os.getpid()
         # A daemon, or a script that doesn't close its session would never end; `_stop_all` ends it in good order.
         self._thread = threading.Thread(target=self._keep, name="cloister-reattest", daemon=True)

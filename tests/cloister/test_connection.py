@@ -74,7 +74,7 @@ def _result(**changes: object) -> AttestationResult:
         "checks": checks,
         "measurement": "ab" * 48,
         "chip": "cd" * 64,
-        "tcb": 3,
+        "tcb": "3",
         "verified_at": 1_700_000_000,
         "certificate": "e" * 64,
         "checkpoint": "note",

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from cloister_attest.policy import AttestationPolicy
 from cloister_data.accounts import AccountList
 from cloister_data.datasets import DatasetList
+from tests.cloister_attest.policies import SNP_POLICY
 from tests.fakes.data import PEOPLE, people
 from tests.fakes.running import RunningCloister, make_policy, running_cloister, write_config
 
@@ -61,8 +63,8 @@ def test_a_trust_file_that_demands_real_hardware_refuses_the_demos_cloister(
 ) -> None:
     trust = tmp_path / "real.toml"
     text = shared_cloister.trust.read_text()
-    assert 'platform = "simulated"' in text
-    trust.write_text(text.replace('platform = "simulated"', 'platform = "sev-snp"'))
+    demanding = AttestationPolicy.from_toml(text).model_copy(update={"hardware": SNP_POLICY})
+    trust.write_text(demanding.to_toml())
     trust.chmod(0o600)
     said = connect(shared_cloister, tmp_path, trust, shared_cloister.passwords["admin"])
     assert "Nothing was sent" in said
