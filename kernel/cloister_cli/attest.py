@@ -15,11 +15,4 @@ app.command()(verify)
 app.command()(trust)
 app.command()(measure)
 app.command()(publish)
-
-
-@app.callback()
-def _group() -> None:
-    pass
-
-
-app.command("fetch-collateral")(fetch_collateral)
+app.command()(fetch_collateral)

@@ -47,7 +47,9 @@ def verify(
     policy: Annotated[
         Path, typer.Option("--policy", help="The trust file to judge by.", metavar="FILE", show_default=False)
     ],
-    at: Annotated[str, typer.Option("--at", help=f"The moment to judge at: {FORMS}.", metavar="TIME")] = "0s",
+    at: Annotated[
+        str, typer.Option("--at", help=f"The moment to judge at: {FORMS}.", metavar="TIME", show_default="now")
+    ] = "0s",
     report_data: Annotated[
         str | None,
         typer.Option(
@@ -74,8 +76,8 @@ def verify(
 ) -> None:
     """Judge a machine's evidence offline, check by check. The exit status is 1 where any check failed.
 
-    A record and a receipt hold the nonce and the certificate that they were made for; a report or quote alone doesn't,
-    so --report-data must say what it answers.
+    A record and a receipt hold the nonce and the certificate that they were made for. A report or quote alone doesn't:
+    --report-data must say what it answers.
     """
     trust = load_policy(policy)
     try:
