@@ -164,7 +164,8 @@ def _toml(value: object) -> str:
 
 def _shallow(text: str) -> None:
     """Raises ValueError for a key of many parts: tomllib's time grows with the square of their number."""
-    if any(line.count(".") > MAX_DOTS for line in text.splitlines()):
+    # Lines as TOML has them: Python knows more line ends, which may stand inside of a key's quotes.
+    if any(line.count(".") > MAX_DOTS for line in text.split("\n")):
         raise ValueError(f"a line has more than {MAX_DOTS} dots")
 
 

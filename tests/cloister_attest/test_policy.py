@@ -88,6 +88,14 @@ def test_values_that_are_refused(changes):
         AttestationPolicy.from_toml(toml(**changes))
 
 
+def test_a_key_of_many_parts_is_refused_before_it_is_read():
+    """tomllib takes a time that grows with the square of the parts; quotes may hold what Python calls line ends."""
+    for separator in (".", '."\u2028".', '."\x85".'):
+        with pytest.raises(ConfigurationError) as refused:
+            AttestationPolicy.from_toml(separator.join([".".join(["a"] * 90)] * 10) + " = 1")
+        assert "more than 100 dots" in str(refused.value.why)
+
+
 @pytest.mark.parametrize("text", ["[", "a = 1\na = 2", "format = 1979-05-27", 'format = "\udcff"', "\0", ""])
 def test_what_is_not_a_trust_file(text):
     with pytest.raises(ConfigurationError):
