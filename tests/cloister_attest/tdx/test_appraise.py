@@ -167,6 +167,10 @@ WRONG: dict[str, tuple[str, Callable[[], Case]]] = {
     "report-data": ("report-data", lambda: Case(report_data=bytes(64))),
     "report-data-short": ("report-data", lambda: Case(report_data=m.REPORT_DATA[:32])),
     "debug": ("debug", lambda: with_body(tdattributes=flags(1 << 28 | 1))),
+    **{
+        f"profiled-{bit}": ("debug", lambda bit=bit: with_body(tdattributes=flags(1 << 28 | 1 << bit)))
+        for bit in (4, 5, 6)
+    },
     "sept-ve": ("sept-ve", lambda: with_body(tdattributes=flags(0))),
     "perfmon": ("perfmon", lambda: with_body(tdattributes=flags(1 << 63 | 1 << 28))),
     "td-attributes-reserved": ("td-attributes", lambda: with_body(tdattributes=flags(1 << 40 | 1 << 28))),
