@@ -15,7 +15,12 @@ from cloister_attest.snp.policy import MinimumTcb, PlatformRequirements, SnpPoli
 from cloister_attest.snp.products import Product, decode_tcb
 from cloister_attest.tdx import abi as tdx_abi
 from cloister_attest.tdx.policy import TD_ATTRIBUTES_KNOWN, XFAM_KNOWN, TdxPolicy
+from cloister_attest.tdx.validate import ATTRIBUTE_MIGRATABLE, ATTRIBUTE_PERFMON, ATTRIBUTES_UNDER_DEBUG
 from cloister_data.policy import Platform
+
+_LAX = ATTRIBUTES_UNDER_DEBUG | ATTRIBUTE_MIGRATABLE | ATTRIBUTE_PERFMON
+_TD_ATTRIBUTES = f"0x{int(TD_ATTRIBUTES_KNOWN, 16) & ~_LAX:016x}"
+"""The attributes that let neither the host nor another TD look in."""
 
 
 def draft(
@@ -120,7 +125,7 @@ def _tdx(quote: bytes) -> HardwarePolicy:
         debug="forbidden",
         sept_ve_disable="required",
         perfmon="forbidden",
-        td_attributes_allowed=TD_ATTRIBUTES_KNOWN,
+        td_attributes_allowed=_TD_ATTRIBUTES,
         xfam_allowed=XFAM_KNOWN,
         platform_tcb=("UpToDate", "SWHardeningNeeded"),
         module_tcb=("UpToDate", "SWHardeningNeeded"),

@@ -135,6 +135,10 @@ def test_a_drafted_trust_file_is_strict_and_names_what_the_report_shows(run, tmp
     assert drafted.hardware.roots == "vendor"
     named = drafted.hardware.measurements if kind == "sev-snp" else drafted.hardware.mr_td
     assert len(named) == 1
+    if kind == "tdx":
+        lax = sum(1 << bit for bit in (0, 4, 5, 6, 29, 63))
+        assert not int(drafted.hardware.td_attributes_allowed, 16) & lax
+        assert int(drafted.hardware.td_attributes_allowed, 16) & 1 << 28
     assert "Nothing of this is verified" in done.stderr
 
 

@@ -19,6 +19,7 @@ ATTRIBUTES_UNDER_DEBUG = 0xFFFF
 """The groups TUD and TUP: the host may debug or profile a TD that sets any bit of them, and such a TD isn't trusted
 (Intel TDX DCAP Quoting Library API, 2.3.2 and A.3.4; the module's ABI divides them into bits 3:0 and 15:4)."""
 ATTRIBUTE_SEPT_VE_DISABLE = 1 << 28
+ATTRIBUTE_MIGRATABLE = 1 << 29
 ATTRIBUTE_PKS = 1 << 30
 ATTRIBUTE_PERFMON = 1 << 63
 
@@ -105,6 +106,8 @@ def validate_service_td(report: TdReport, policy: TdxPolicy) -> Outcome:
         return not_applicable("the policy accepts any service TD")
     if found is None:
         if demanded == "zero-if-reported":
+            if number(report.td_attributes) & ATTRIBUTE_MIGRATABLE:
+                raise EvidenceError("the TD may be migrated, and a TD report 1.0 doesn't say by which service TD")
             return not_applicable("a TD report 1.0 doesn't name service TDs, which the policy puts up with")
         raise EvidenceError("a TD report 1.0 doesn't say whether a service TD is bound, and the policy demands it")
     if demanded in ("zero", "zero-if-reported"):

@@ -178,6 +178,17 @@ WRONG: dict[str, tuple[str, Callable[[], Case]]] = {
     "xfam-fixed": ("xfam", lambda: replace(with_body(xfam=flags(0b10)), policy=m.strict(xfam_allowed="any"))),
     "mrservicetd": ("mrservicetd", lambda: with_body(mrservicetd=b"\1" * 48)),
     "mrservicetd-unreported": ("mrservicetd", lambda: Case(quote=m.quote(version=4, body_type=abi.BODY_TD_10))),
+    "mrservicetd-migratable-unreported": (
+        "mrservicetd",
+        lambda: Case(
+            quote=m.quote(
+                version=4,
+                body_type=abi.BODY_TD_10,
+                body=m.td_body(abi.BODY_TD_10, tdattributes=flags(1 << 29 | 1 << 28)),
+            ),
+            policy=m.strict(mr_service_td="zero-if-reported"),
+        ),
+    ),
     "mrservicetd-named": ("mrservicetd", lambda: Case(policy=m.strict(mr_service_td=("01" * 48,)))),
     "mrtd": ("mrtd", lambda: with_body(mrtd=bytes(48))),
     **{f"rtmr{i}": (f"rtmr{i}", lambda i=i: Case(policy=m.strict(**{f"rtmr{i}": ("00" * 48,)}))) for i in range(4)},
