@@ -7,7 +7,7 @@ import time
 import pytest
 
 from cloister_attest.channel import make_server_identity
-from cloister_attest.evidence import EvidenceRecord
+from cloister_attest.evidence import Evidence, EvidenceRecord
 from cloister_attest.policy import AttestationPolicy, load_policy
 from cloister_attest.reference_values import MAX_ENVELOPE
 from cloister_attest.simulated.hardware import SimulatedHardware
@@ -140,6 +140,22 @@ def test_a_drafted_trust_file_is_strict_and_names_what_the_report_shows(run, tmp
         assert not int(drafted.hardware.td_attributes_allowed, 16) & lax
         assert int(drafted.hardware.td_attributes_allowed, 16) & 1 << 28
     assert "Nothing of this is verified" in done.stderr
+
+
+def test_a_drafted_trust_file_names_the_cloud_provider(run, tmp_path):
+    made = minted.mint(minted.Recipe(kind="VLEK"))
+    path = tmp_path / "evidence.json"
+    certificates = (made.collateral.leaf, made.collateral.intermediate, made.collateral.root)
+    shown = Evidence(
+        platform="sev-snp", report=made.report, certificates=certificates, checkpoint="", log_key=bytes(32)
+    )
+    path.write_bytes(shown.to_json())
+    drafted = AttestationPolicy.from_toml(run("attest", "trust", str(path)).stdout)
+    assert drafted.hardware.vlek == (minted.CSP_ID,)
+    path.write_bytes(shown.model_copy(update={"certificates": ()}).to_json())
+    done = run("attest", "trust", str(path))
+    assert done.returncode == 1
+    assert "There is no certificate of the report's signer" in done.stderr
 
 
 def test_a_simulated_machine_gets_no_drafted_trust_file(run, record):
