@@ -159,7 +159,8 @@ def _toml(value: object) -> str:
         return "{ " + ", ".join(f"{key} = {_toml(each)}" for key, each in value.items()) + " }"
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value)
+    # TOML has no surrogates, by which JSON's escapes write what is beyond U+FFFF; of DEL it has the escape alone.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _shallow(text: str) -> None:

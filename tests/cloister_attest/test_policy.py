@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from cloister_attest.policy import AttestationPolicy, load_policy
 from cloister_attest.simulated.hardware import SimulatedHardware
@@ -30,6 +32,13 @@ def test_a_policy_survives_its_file(tmp_path):
     path.write_text(POLICY.to_toml())
     assert load_policy(path) == POLICY
     assert AttestationPolicy.from_toml(toml()) == POLICY
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=256))
+@example('cloister/\N{HOSPITAL}\x7f\x00"\\\u2028')
+def test_a_name_of_any_characters_survives_the_file(name):
+    named = POLICY.model_copy(update={"log_origin": name})
+    assert AttestationPolicy.from_toml(named.to_toml()) == named
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if key != "hardware"])
