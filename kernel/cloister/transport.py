@@ -142,7 +142,7 @@ class Transport:
         ):
             if not response.is_success:
                 raise _refusal(response, _read(response, MAX_PROBLEM))
-            for data in read_event_stream(response.iter_bytes()):
+            for data in read_event_stream(_parts(response)):
                 try:
                     event = Event.from_json(data)
                 except ValidationError as error:
@@ -234,10 +234,20 @@ def _route(path: str) -> str:
     return path if path.startswith((f"{API}/", "/.well-known/")) else API + path
 
 
+def _parts(response: httpx.Response) -> Iterator[bytes]:
+    """The body as it comes. Raises CloisterError where it is compressed: a part could unfold to any size, unseen."""
+    if response.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise CloisterError(
+            "The cloister's answer is compressed, which wasn't asked for.",
+            next_step="Check the address; a proxy in between also has this effect.",
+        )
+    return response.iter_bytes()
+
+
 def _read(response: httpx.Response, limit: int) -> bytes:
     parts: list[bytes] = []
     size = 0
-    for part in response.iter_bytes():
+    for part in _parts(response):
         size += len(part)
         if size > limit:
             raise TooLargeError(f"The cloister's answer has more than {limit} bytes.")

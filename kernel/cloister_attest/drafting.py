@@ -11,11 +11,17 @@ from collections.abc import Sequence
 from cloister_attest.collateral.needs import platform_of, signer_of
 from cloister_attest.outcome import EvidenceError
 from cloister_attest.policy import FORMAT, AttestationPolicy, HardwarePolicy
-from cloister_attest.snp.policy import MinimumTcb, PlatformRequirements, SnpPolicy
+from cloister_attest.snp.certificates import load_certificate, read_leaf
+from cloister_attest.snp.policy import MAX_CSP_ID, MinimumTcb, PlatformRequirements, SnpPolicy
 from cloister_attest.snp.products import Product, decode_tcb
 from cloister_attest.tdx import abi as tdx_abi
 from cloister_attest.tdx.policy import TD_ATTRIBUTES_KNOWN, XFAM_KNOWN, TdxPolicy
+from cloister_attest.tdx.validate import ATTRIBUTE_MIGRATABLE, ATTRIBUTE_PERFMON, ATTRIBUTES_UNDER_DEBUG
 from cloister_data.policy import Platform
+
+_LAX = ATTRIBUTES_UNDER_DEBUG | ATTRIBUTE_MIGRATABLE | ATTRIBUTE_PERFMON
+_TD_ATTRIBUTES = f"0x{int(TD_ATTRIBUTES_KNOWN, 16) & ~_LAX:016x}"
+"""The attributes that let neither the host nor another TD look in."""
 
 
 def draft(
@@ -96,8 +102,16 @@ def _snp(report: bytes, certificates: Sequence[bytes], known: Product | None) ->
         chips_allowed="any",
         chips_denied=(),
         masked_chip_id="any",
-        vlek="forbidden" if parsed.signing_key == "VCEK" else "any",
+        vlek="forbidden" if parsed.signing_key == "VCEK" else (_provider(signer.leaf, product),),
     )
+
+
+def _provider(vlek: bytes | None, product: Product) -> str:
+    """The cloud provider that a report's signer names."""
+    found = read_leaf(load_certificate(vlek, "report's signer"), "VLEK", product).csp_id
+    if not found or len(found) > MAX_CSP_ID:
+        raise EvidenceError("the report's signer doesn't say which cloud provider it belongs to")
+    return found
 
 
 def _tdx(quote: bytes) -> HardwarePolicy:
@@ -120,7 +134,7 @@ def _tdx(quote: bytes) -> HardwarePolicy:
         debug="forbidden",
         sept_ve_disable="required",
         perfmon="forbidden",
-        td_attributes_allowed=TD_ATTRIBUTES_KNOWN,
+        td_attributes_allowed=_TD_ATTRIBUTES,
         xfam_allowed=XFAM_KNOWN,
         platform_tcb=("UpToDate", "SWHardeningNeeded"),
         module_tcb=("UpToDate", "SWHardeningNeeded"),

@@ -159,12 +159,14 @@ def _toml(value: object) -> str:
         return "{ " + ", ".join(f"{key} = {_toml(each)}" for key, each in value.items()) + " }"
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value)
+    # TOML has no surrogates, by which JSON's escapes write what is beyond U+FFFF; of DEL it has the escape alone.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _shallow(text: str) -> None:
     """Raises ValueError for a key of many parts: tomllib's time grows with the square of their number."""
-    if any(line.count(".") > MAX_DOTS for line in text.splitlines()):
+    # Lines as TOML has them: Python knows more line ends, which may stand inside of a key's quotes.
+    if any(line.count(".") > MAX_DOTS for line in text.split("\n")):
         raise ValueError(f"a line has more than {MAX_DOTS} dots")
 
 

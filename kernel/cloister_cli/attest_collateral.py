@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -197,7 +198,8 @@ def _supply(run: _Run, paths: Sequence[Path]) -> None:
                 note(f"{path}: passed over, for {error}")
             continue
         for item in items:
-            run.keep(item, path.name)
+            # A file's name may hold bytes that are no text; what is kept is text.
+            run.keep(item, os.fsencode(path.name).decode(errors="replace"))
 
 
 def _files(paths: Sequence[Path]) -> Iterable[tuple[Path, bytes, bool]]:

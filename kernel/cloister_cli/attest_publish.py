@@ -12,6 +12,7 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 
 from cloister.profile import load_ed25519, read_bounded
+from cloister_attest.outcome import EvidenceError
 from cloister_attest.reference_values import (
     ImageValues,
     Publisher,
@@ -69,7 +70,14 @@ def publish(
     envelope = sign_reference_values(stated, _sha256(artifact), signer)
     public = signer.public_key().public_bytes_raw().hex()
     # What is handed out is what a client will accept.
-    verify_reference_values(envelope, Publisher(key=public, image=image, minimum_version=version), now)
+    try:
+        verify_reference_values(envelope, Publisher(key=public, image=image, minimum_version=version), now)
+    except EvidenceError as error:
+        raise ConfigurationError(
+            f"No client would accept the reference values in {values}.",
+            why=f"{str(error)[:1].upper()}{str(error)[1:]}.",
+            next_step="Sign fewer values: leave out the shapes of machines on which nobody runs the image.",
+        ) from error
     try:
         out.write_bytes(envelope)
     except OSError as error:

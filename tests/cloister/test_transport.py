@@ -1,10 +1,12 @@
 """Calls and events over a guard's socket: what goes out, what comes back, and every way in which it may break."""
 
 import asyncio
+import gzip
 import json
 import socket
 import ssl
 import threading
+import tracemalloc
 from contextlib import contextmanager
 
 import httpx
@@ -125,6 +127,34 @@ def test_answers_are_bounded():
     with pytest.raises(TooLargeError, match="more than 10 bytes"):
         answering(200, b"x" * 11).raw("GET", "/x", limit=10)
     assert answering(200, b"x" * 10).raw("GET", "/x", limit=10) == b"x" * 10
+
+
+@pytest.mark.parametrize("status", [200, 500])
+@pytest.mark.parametrize("coding", ["gzip, gzip", "GZIP", "identity, deflate", "br"])
+def test_a_compressed_answer_is_refused_before_it_unfolds(status, coding):
+    """Two layers of gzip make a kilobyte of a gigabyte: the limit would be looked at when it is in memory."""
+    packed = gzip.compress(gzip.compress(bytes(64 << 20)))
+
+    def handle(_):
+        headers = {"content-encoding": coding, "content-type": "application/json"}
+        return httpx.Response(status, stream=httpx.ByteStream(packed), headers=headers)
+
+    tracemalloc.start()
+    try:
+        with pytest.raises(CloisterError, match="compressed"):
+            transport(handle).raw("POST", "/.well-known/attest", b"{}", limit=128 << 20)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(CloisterError, match="compressed"):
+        next(transport(handle).events())
+
+
+def test_an_answer_may_say_that_it_is_not_compressed():
+    def handle(_):
+        return httpx.Response(200, stream=httpx.ByteStream(b"{}"), headers={"content-encoding": "identity"})
+
+    assert transport(handle).raw("GET", "/me") == b"{}"
 
 
 def test_a_call_names_what_it_receives():

@@ -17,7 +17,7 @@ from cloister_attest.channel import fetch_certificate, make_server_identity, pin
 from cloister_data.errors import AttestationRefusedError, UnreachableError
 
 
-def certificate(key=None, *, ca=False, days=(-1, 10), signer=None, constraints=True):
+def certificate(key=None, *, ca=False, days=(-1, 10), signer=None, constraints=True, extension=None):
     key = key or ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "cloister")])
     now = datetime.now(UTC)
@@ -34,6 +34,9 @@ def certificate(key=None, *, ca=False, days=(-1, 10), signer=None, constraints=T
     )
     if constraints:
         builder = builder.add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+    if extension:
+        oid, value = extension
+        builder = builder.add_extension(x509.UnrecognizedExtension(x509.ObjectIdentifier(oid), value), critical=False)
     return builder.sign(signer or key, SHA256())
 
 
@@ -142,8 +145,14 @@ def test_a_certificate_that_the_pinned_key_issued_is_refused(tmp_path):
         b"nothing",
         certificate().public_bytes(Encoding.DER) + b"\0",
         certificate().public_bytes(Encoding.PEM),
+        certificate().public_bytes(Encoding.DER).replace(b"\xa0\3\2\1\2", b"\xa0\3\2\1\5", 1),
+        certificate(extension=("2.5.29.17", b"\x30\4\xa3\2\x30\0")).public_bytes(Encoding.DER),
+        certificate(extension=("1.3.6.1.5.5.7.1.24", b"\x30\3\2\1\x09")).public_bytes(Encoding.DER),
     ],
-    ids=["may issue", "doesn't say", "not self-signed", "empty", "not DER", "bytes after", "PEM"],
+    ids=[
+        *("may issue", "doesn't say", "not self-signed", "empty", "not DER", "bytes after", "PEM"),
+        *("a version that isn't", "a name of X.400", "a TLS feature that isn't"),
+    ],
 )
 def test_certificates_that_are_not_pinned(der):
     with pytest.raises(AttestationRefusedError, match="isn't a cloister's"):

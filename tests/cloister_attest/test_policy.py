@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from cloister_attest.policy import AttestationPolicy, load_policy
 from cloister_attest.simulated.hardware import SimulatedHardware
@@ -30,6 +32,13 @@ def test_a_policy_survives_its_file(tmp_path):
     path.write_text(POLICY.to_toml())
     assert load_policy(path) == POLICY
     assert AttestationPolicy.from_toml(toml()) == POLICY
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=256))
+@example('cloister/\N{HOSPITAL}\x7f\x00"\\\u2028')
+def test_a_name_of_any_characters_survives_the_file(name):
+    named = POLICY.model_copy(update={"log_origin": name})
+    assert AttestationPolicy.from_toml(named.to_toml()) == named
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if key != "hardware"])
@@ -86,6 +95,14 @@ def test_no_other_key_may_be_there(key):
 def test_values_that_are_refused(changes):
     with pytest.raises(ConfigurationError, match=r"The trust file .* is wrong at"):
         AttestationPolicy.from_toml(toml(**changes))
+
+
+def test_a_key_of_many_parts_is_refused_before_it_is_read():
+    """tomllib takes a time that grows with the square of the parts; quotes may hold what Python calls line ends."""
+    for separator in (".", '."\u2028".', '."\x85".'):
+        with pytest.raises(ConfigurationError) as refused:
+            AttestationPolicy.from_toml(separator.join([".".join(["a"] * 90)] * 10) + " = 1")
+        assert "more than 100 dots" in str(refused.value.why)
 
 
 @pytest.mark.parametrize("text", ["[", "a = 1\na = 2", "format = 1979-05-27", 'format = "\udcff"', "\0", ""])

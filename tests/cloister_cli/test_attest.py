@@ -7,7 +7,7 @@ import time
 import pytest
 
 from cloister_attest.channel import make_server_identity
-from cloister_attest.evidence import EvidenceRecord
+from cloister_attest.evidence import Evidence, EvidenceRecord
 from cloister_attest.policy import AttestationPolicy, load_policy
 from cloister_attest.reference_values import MAX_ENVELOPE
 from cloister_attest.simulated.hardware import SimulatedHardware
@@ -135,7 +135,27 @@ def test_a_drafted_trust_file_is_strict_and_names_what_the_report_shows(run, tmp
     assert drafted.hardware.roots == "vendor"
     named = drafted.hardware.measurements if kind == "sev-snp" else drafted.hardware.mr_td
     assert len(named) == 1
+    if kind == "tdx":
+        lax = sum(1 << bit for bit in (0, 4, 5, 6, 29, 63))
+        assert not int(drafted.hardware.td_attributes_allowed, 16) & lax
+        assert int(drafted.hardware.td_attributes_allowed, 16) & 1 << 28
     assert "Nothing of this is verified" in done.stderr
+
+
+def test_a_drafted_trust_file_names_the_cloud_provider(run, tmp_path):
+    made = minted.mint(minted.Recipe(kind="VLEK"))
+    path = tmp_path / "evidence.json"
+    certificates = (made.collateral.leaf, made.collateral.intermediate, made.collateral.root)
+    shown = Evidence(
+        platform="sev-snp", report=made.report, certificates=certificates, checkpoint="", log_key=bytes(32)
+    )
+    path.write_bytes(shown.to_json())
+    drafted = AttestationPolicy.from_toml(run("attest", "trust", str(path)).stdout)
+    assert drafted.hardware.vlek == (minted.CSP_ID,)
+    path.write_bytes(shown.model_copy(update={"certificates": ()}).to_json())
+    done = run("attest", "trust", str(path))
+    assert done.returncode == 1
+    assert "There is no certificate of the report's signer" in done.stderr
 
 
 def test_a_simulated_machine_gets_no_drafted_trust_file(run, record):
@@ -166,7 +186,20 @@ def test_what_is_published_is_accepted(run, record, machine, tmp_path):
         assert run("attest", "verify", str(record), "--policy", str(trust)).returncode == status
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", "[1]", '[{"platform": "sgx"}]', "[", "x" * (MAX_ENVELOPE + 1)])
+MANY = json.dumps(
+    [
+        {"platform": "tdx"} | dict.fromkeys(("mr_td", "rtmr0", "rtmr1", "rtmr2", "rtmr3"), f"{number:096x}")
+        for number in range(440)
+    ]
+)
+"""More than an envelope holds, and less than the command reads."""
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{}", "[1]", '[{"platform": "sgx"}]', "[", "x" * (MAX_ENVELOPE + 1), MANY],
+    ids=lambda text: text[:8],
+)
 def test_values_that_cannot_be_published(run, tmp_path, content):
     values = tmp_path / "values.json"
     values.write_text(content)
@@ -175,6 +208,7 @@ def test_values_that_cannot_be_published(run, tmp_path, content):
         *("--key", str(tmp_path / "key.pem"), "--out", str(tmp_path / "out"), "--create-key"),
     )
     assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
 

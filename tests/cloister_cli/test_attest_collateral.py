@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -209,6 +210,15 @@ def test_files_can_be_kept_without_evidence(run: Run, clock: SimpleNamespace, tm
     bundle.write_bytes(as_pem(snp_items()[1].content, snp_items()[2].content))
     assert run("attest", "fetch-collateral", "--from", str(bundle)).returncode == 0
     assert set(CollateralStore(home / "collateral").read_all()) == set(snp_items()[1:3])
+
+
+def test_a_file_may_have_a_name_that_is_no_text(run: Run, clock: SimpleNamespace, tmp_path: Path) -> None:
+    crl = snp_items()[3]
+    (tmp_path / os.fsdecode(b"\xff\x1b[31m.der")).write_bytes(crl.content)
+    done = run("attest", "fetch-collateral", "--from", str(tmp_path), "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["pieces"][0]["source"] == "\N{REPLACEMENT CHARACTER}\x1b[31m.der"
+    assert "\x1b" not in done.stdout + done.stderr
 
 
 def test_evidence_in_every_form(run: Run, served: Publishers, clock: SimpleNamespace, tmp_path: Path) -> None:

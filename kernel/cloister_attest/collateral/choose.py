@@ -8,6 +8,7 @@ appraisal, where its signature is checked.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from cloister_attest.collateral.dates import Age, Dates, read
 from cloister_attest.collateral.items import Item, Kind
@@ -64,8 +65,13 @@ def snp_collateral(report: bytes, certificates: Sequence[bytes], items: Iterable
     if own.leaf is None and vcek is not None:
         # A report of version 2 doesn't say its product; its signer's certificate does.
         chosen |= _chosen_snp(report, (vcek,), pool, at)
-    issuer = chosen.get("amd-ask") or chosen.get("amd-asvk")
-    return own.completed(snp.Collateral(vcek, issuer, chosen.get("amd-ark"), chosen.get("amd-crl")))
+    issuer, crl = chosen.get("amd-ask") or chosen.get("amd-asvk"), chosen.get("amd-crl")
+    found = own.completed(snp.Collateral(vcek, issuer, chosen.get("amd-ark"), crl))
+    # AMD has a list for each kind of key at an address of its own, and their names are one: none hides the other.
+    lists = [item for item in pool if item.kind == "amd-crl"]
+    names = {item.name for item in lists if item.content == crl}
+    others = dict.fromkeys(item.content for item in lists if item.name in names and item.content != crl)
+    return replace(found, other_crls=tuple(others))
 
 
 def tdx_collateral(quote: bytes, items: Iterable[Item], at: int) -> tdx.Collateral:

@@ -151,6 +151,7 @@ class _Appraisal:
         if self._policy.crl == "any":
             return not_applicable("the policy accepts issuers without a look at the revocation list")
         found = verify.verify_not_revoked(self._chain, self._collateral.crl, self._at)
+        verify.verify_never_revoked(self._chain, self._collateral.other_crls)
         return passed(f"the root's list of {found.this_update:%Y-%m-%d} doesn't revoke the signer's issuer")
 
     def _intermediate(self) -> Outcome:

@@ -39,12 +39,16 @@ _ENTRY = struct.Struct("<16sII")
 
 @dataclass(frozen=True)
 class Collateral:
-    """What proves a report: DER certificates and the root's revocation list. None is what isn't there."""
+    """What proves a report: DER certificates and the root's revocation list. None is what isn't there.
+
+    `other_crls` are further lists of the root's, older or of another address: what one of them revokes stays revoked.
+    """
 
     leaf: bytes | None = None
     intermediate: bytes | None = None
     root: bytes | None = None
     crl: bytes | None = None
+    other_crls: tuple[bytes, ...] = ()
 
     @classmethod
     def from_certificates(cls, certificates: Sequence[bytes], crl: bytes | None = None) -> Collateral:

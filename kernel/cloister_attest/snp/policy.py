@@ -18,7 +18,8 @@ Hex32 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 KeyDigest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{96}$")]
 """SHA-384 in hex of an ID key or an author key in AMD's format (56860, ID_KEY_DIGEST)."""
 
-CspId = Annotated[str, StringConstraints(pattern=r"^[\x20-\x7e]{1,126}$")]
+MAX_CSP_ID = 126
+CspId = Annotated[str, StringConstraints(pattern=rf"^[\x20-\x7e]{{1,{MAX_CSP_ID}}}$")]
 Byte = Annotated[int, Field(ge=0, le=0xFF)]
 Mask64 = Annotated[int, Field(ge=0, lt=1 << 64)]
 

@@ -7,7 +7,7 @@ report. `appraise.appraise_snp` makes them all.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -218,6 +218,40 @@ def verify_crl(crl: bytes | None, root: x509.Certificate, at: int) -> Revocation
     """The list, once the root signed it and `at` (Unix seconds) is between its two updates (RFC 5280, 5)."""
     if crl is None:
         raise EvidenceError("there is no revocation list")
+    found = _signed_crl(crl, root)
+    moment = datetime.fromtimestamp(at, UTC)
+    if moment < found.this_update:
+        raise EvidenceError(f"the revocation list isn't valid yet: it was made {found.this_update}")
+    if moment > found.next_update:
+        raise EvidenceError(f"the revocation list is out of date: the next one was due {found.next_update}")
+    return found
+
+
+def verify_not_revoked(chain: Chain, crl: bytes | None, at: int) -> RevocationList:
+    """The root's list of `at`, once neither intermediate nor root is on it. It covers what the root issued."""
+    found = verify_crl(crl, chain.root, at)
+    _not_on(found, chain)
+    return found
+
+
+def verify_never_revoked(chain: Chain, crls: Iterable[bytes]) -> None:
+    """Neither intermediate nor root is on one of `crls`, of any time, that the root signed; others say nothing."""
+    for crl in crls:
+        try:
+            found = _signed_crl(crl, chain.root)
+        except EvidenceError:
+            continue
+        _not_on(found, chain)
+
+
+def _not_on(found: RevocationList, chain: Chain) -> None:
+    for certificate, name in ((chain.intermediate, "intermediate"), (chain.root, "root")):
+        number = serial_number(certificate)
+        if number in found.revoked:
+            raise EvidenceError(f"the {name}, number {number}, is revoked")
+
+
+def _signed_crl(crl: bytes, root: x509.Certificate) -> RevocationList:
     if len(crl) > MAX_CRL:
         raise EvidenceError(f"the revocation list has {len(crl)} bytes, and {MAX_CRL} are enough")
     try:
@@ -239,22 +273,7 @@ def verify_crl(crl: bytes | None, root: x509.Certificate, at: int) -> Revocation
         raise EvidenceError("the revocation list has critical extensions: it isn't the root's whole list")
     if next_update is None:
         raise EvidenceError("the revocation list doesn't say until when it is the newest")
-    moment = datetime.fromtimestamp(at, UTC)
-    if moment < this_update:
-        raise EvidenceError(f"the revocation list isn't valid yet: it was made {this_update}")
-    if moment > next_update:
-        raise EvidenceError(f"the revocation list is out of date: the next one was due {next_update}")
     return RevocationList(revoked, this_update, next_update)
-
-
-def verify_not_revoked(chain: Chain, crl: bytes | None, at: int) -> RevocationList:
-    """The root's list of `at`, once neither intermediate nor root is on it. It covers what the root issued."""
-    found = verify_crl(crl, chain.root, at)
-    for certificate, name in ((chain.intermediate, "intermediate"), (chain.root, "root")):
-        number = serial_number(certificate)
-        if number in found.revoked:
-            raise EvidenceError(f"the {name}, number {number}, is revoked")
-    return found
 
 
 def verify_known_intermediate(chain: Chain) -> None:

@@ -41,7 +41,7 @@ VALIDATION: dict[str, tuple[str, str]] = {
         "The quote was made for this question: it is neither relayed nor replayed.",
         f"{_ABI}, REPORTDATA",
     ),
-    "tdx-debug": ("The host can't read the TD through its debugger.", f"{_ABI}, ATTRIBUTES.DEBUG"),
+    "tdx-debug": ("The host can neither debug nor profile the TD.", f"{_ABI}, ATTRIBUTES.TUD and TUP"),
     "tdx-sept-ve": ("The host can't inject a #VE by removing a page.", f"{_ABI}, ATTRIBUTES.SEPT_VE_DISABLE"),
     "tdx-perfmon": ("The TD doesn't share performance counters with its host.", f"{_ABI}, ATTRIBUTES.PERFMON"),
     "tdx-td-attributes": ("No TD attribute is set that the policy doesn't allow.", f"{_ABI}, ATTRIBUTES"),

@@ -43,8 +43,8 @@ class TdxPolicy(Wire):
         roots: SHA-256 of the DER root certificates that may vouch for a quote, or "vendor": Intel's SGX root CA.
         mr_td, rtmr0 to rtmr3, mr_config_id, mr_owner, mr_owner_config: the values (48 bytes, hex) that may be reported.
         mr_service_td: the service TDs that may be bound. "zero": none, and the quote must say so, which a TD report
-            1.0 can't. "zero-if-reported": none as far as the quote can say.
-        debug: whether a TD whose memory the host may read is refused.
+            1.0 can't. "zero-if-reported": none as far as the quote can say, and a TD that one may migrate must say so.
+        debug: whether a TD is refused whose memory the host may read, or which it may profile.
         sept_ve_disable: whether a TD is refused that takes a #VE where the host removes one of its pages.
         perfmon: whether a TD is refused that uses the performance monitoring unit.
         td_attributes_allowed, xfam_allowed: the bits that may be set at all.

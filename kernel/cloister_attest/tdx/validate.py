@@ -15,7 +15,11 @@ from cloister_attest.tdx.extension import SgxExtension
 from cloister_attest.tdx.policy import Statuses, TdxPolicy
 
 ATTRIBUTE_DEBUG = 1 << 0
+ATTRIBUTES_UNDER_DEBUG = 0xFFFF
+"""The groups TUD and TUP: the host may debug or profile a TD that sets any bit of them, and such a TD isn't trusted
+(Intel TDX DCAP Quoting Library API, 2.3.2 and A.3.4; the module's ABI divides them into bits 3:0 and 15:4)."""
 ATTRIBUTE_SEPT_VE_DISABLE = 1 << 28
+ATTRIBUTE_MIGRATABLE = 1 << 29
 ATTRIBUTE_PKS = 1 << 30
 ATTRIBUTE_PERFMON = 1 << 63
 
@@ -41,9 +45,12 @@ def validate_report_data(report: TdReport, expected: bytes | ReportDataUnchecked
 def validate_debug(report: TdReport, policy: TdxPolicy) -> Outcome:
     if policy.debug == "any":
         return not_applicable("the policy accepts TDs that their host may debug")
-    if number(report.td_attributes) & ATTRIBUTE_DEBUG:
+    shown = number(report.td_attributes) & ATTRIBUTES_UNDER_DEBUG
+    if shown & ATTRIBUTE_DEBUG:
         raise EvidenceError("the host may debug this TD, and so read its memory")
-    return passed("the host may not debug the TD")
+    if shown:
+        raise EvidenceError(f"the host may profile this TD (TD attributes {shown:#x}), and so learn what it does")
+    return passed("the host may neither debug nor profile the TD")
 
 
 def validate_sept_ve(report: TdReport, policy: TdxPolicy) -> Outcome:
@@ -99,6 +106,8 @@ def validate_service_td(report: TdReport, policy: TdxPolicy) -> Outcome:
         return not_applicable("the policy accepts any service TD")
     if found is None:
         if demanded == "zero-if-reported":
+            if number(report.td_attributes) & ATTRIBUTE_MIGRATABLE:
+                raise EvidenceError("the TD may be migrated, and a TD report 1.0 doesn't say by which service TD")
             return not_applicable("a TD report 1.0 doesn't name service TDs, which the policy puts up with")
         raise EvidenceError("a TD report 1.0 doesn't say whether a service TD is bound, and the policy demands it")
     if demanded in ("zero", "zero-if-reported"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -135,6 +137,33 @@ def test_a_report_without_certificates_is_proven_by_what_is_chosen() -> None:
     assert found == made.collateral
     assert _fails(made.report, found, made) == []
     assert snp_collateral(made.report, (), others, SNP_AT) == Collateral()
+
+
+@pytest.mark.parametrize("days_later", [1, 15, -15])
+@pytest.mark.parametrize("kind", ["VCEK", "VLEK"])
+def test_an_issuer_that_any_list_of_the_root_s_revokes_stays_revoked(kind: Any, days_later: int) -> None:
+    """AMD has lists for VCEKs and for VLEKs, at two addresses, under one name: a machine staples the other one."""
+    recipe = amd.Recipe(kind=kind, revoked=(amd.ISSUER_SERIAL,))
+    made, other = amd.mint(recipe), amd.mint(replace(recipe, revoked=(), crl_days=days_later)).collateral.crl
+    forged = amd.mint(replace(recipe, crl_by_issuer=True, crl_days=days_later)).collateral.crl
+    unrelated = amd.mint(replace(recipe, revoked=(7,), crl_days=days_later)).collateral.crl
+    at = SNP_AT + (days_later * 86400 if abs(days_later) < 20 else 0)
+
+    def failing(*lists: bytes | None) -> list[str]:
+        items = [Item(kind="amd-crl", name="Genoa", content=content or b"", chain=b"") for content in lists]
+        certificates = [
+            der for der in (made.collateral.leaf, made.collateral.intermediate, made.collateral.root) if der
+        ]
+        found = snp_collateral(made.report, certificates, items, at)
+        policy = amd.strict_policy(made, vlek="any", chips_allowed="any", masked_chip_id="any")
+        checks = appraise_snp(made.report, found, policy, expected_report_data=amd.REPORT_DATA, at=at)
+        return [check.name for check in checks if check.verdict == "fail"]
+
+    assert failing(other) == failing(other, unrelated) == []
+    assert failing(other, made.collateral.crl) == failing(made.collateral.crl, other) == ["snp-revocation"]
+    # A list that the root didn't sign says nothing, where another one counts.
+    assert failing(forged) == ["snp-revocation"]
+    assert snp_collateral(made.report, (), [], at).other_crls == ()
 
 
 def test_the_evidence_s_own_certificates_come_first_and_are_completed() -> None:

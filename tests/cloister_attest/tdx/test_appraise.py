@@ -167,6 +167,10 @@ WRONG: dict[str, tuple[str, Callable[[], Case]]] = {
     "report-data": ("report-data", lambda: Case(report_data=bytes(64))),
     "report-data-short": ("report-data", lambda: Case(report_data=m.REPORT_DATA[:32])),
     "debug": ("debug", lambda: with_body(tdattributes=flags(1 << 28 | 1))),
+    **{
+        f"profiled-{bit}": ("debug", lambda bit=bit: with_body(tdattributes=flags(1 << 28 | 1 << bit)))
+        for bit in (4, 5, 6)
+    },
     "sept-ve": ("sept-ve", lambda: with_body(tdattributes=flags(0))),
     "perfmon": ("perfmon", lambda: with_body(tdattributes=flags(1 << 63 | 1 << 28))),
     "td-attributes-reserved": ("td-attributes", lambda: with_body(tdattributes=flags(1 << 40 | 1 << 28))),
@@ -174,6 +178,17 @@ WRONG: dict[str, tuple[str, Callable[[], Case]]] = {
     "xfam-fixed": ("xfam", lambda: replace(with_body(xfam=flags(0b10)), policy=m.strict(xfam_allowed="any"))),
     "mrservicetd": ("mrservicetd", lambda: with_body(mrservicetd=b"\1" * 48)),
     "mrservicetd-unreported": ("mrservicetd", lambda: Case(quote=m.quote(version=4, body_type=abi.BODY_TD_10))),
+    "mrservicetd-migratable-unreported": (
+        "mrservicetd",
+        lambda: Case(
+            quote=m.quote(
+                version=4,
+                body_type=abi.BODY_TD_10,
+                body=m.td_body(abi.BODY_TD_10, tdattributes=flags(1 << 29 | 1 << 28)),
+            ),
+            policy=m.strict(mr_service_td="zero-if-reported"),
+        ),
+    ),
     "mrservicetd-named": ("mrservicetd", lambda: Case(policy=m.strict(mr_service_td=("01" * 48,)))),
     "mrtd": ("mrtd", lambda: with_body(mrtd=bytes(48))),
     **{f"rtmr{i}": (f"rtmr{i}", lambda i=i: Case(policy=m.strict(**{f"rtmr{i}": ("00" * 48,)}))) for i in range(4)},
