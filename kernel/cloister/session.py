@@ -45,6 +45,8 @@ CONNECT_TIMEOUT = 10.0
 """Seconds for the first handshake."""
 EVIDENCE_TIMEOUT = httpx.Timeout(connect=10, read=30, write=10, pool=10)
 """Evidence takes milliseconds to make; a machine that isn't proven gets no patience."""
+_LEAVING = frozenset(["http11.send_request_headers.started", "http11.send_request_body.started"])
+"""httpcore's names of the steps before anything of a request is sent."""
 
 
 class Session:
@@ -254,7 +256,10 @@ class Session:
 
 
 class _Bearer(httpx.Auth):
-    """Attaches the token to requests to the verified address, and to no other, while that is proven."""
+    """Attaches the token to requests to the verified address alone, and stops all of them while there is a doubt.
+
+    What asks for evidence goes anyway, without it: the answer may be that the machine isn't worth it any more.
+    """
 
     def __init__(self, address: Address, doubt: Callable[[], CloisterError | None]) -> None:
         self.token: str | None = None
@@ -262,14 +267,23 @@ class _Bearer(httpx.Auth):
 
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
         url = request.url
-        ours = url.scheme == "https" and (url.host, url.port or 443) == self._address
-        token = self.token
-        # What asks for evidence goes without: the answer may be that the machine isn't worth it any more.
-        if token is not None and ours and not url.path.startswith("/.well-known/"):
-            if (doubt := self._doubt()) is not None:
-                raise doubt
-            request.headers["authorization"] = f"Bearer {token}"
+        if not url.path.startswith("/.well-known/"):
+            self._refuse_doubt()
+            # Once more when there is a connection: who delays its handshake would delay the request past a refusal.
+            request.extensions["trace"] = self._trace
+            token = self.token
+            if token is not None and url.scheme == "https" and (url.host, url.port or 443) == self._address:
+                request.headers["authorization"] = f"Bearer {token}"
         yield request
+
+    def _trace(self, event: str, _: object) -> None:
+        """Called by httpcore at each step of a request."""
+        if event in _LEAVING:
+            self._refuse_doubt()
+
+    def _refuse_doubt(self) -> None:
+        if (doubt := self._doubt()) is not None:
+            raise doubt
 
 
 def open(profile: str | Profile, *, need_token: bool = True) -> Session:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from cloister import connection, profile, reattest, session
 from cloister_data.errors import AttestationRefusedError, UnreachableError
 from cloister_data.identity import LoginAnswer, WhoAmI
 from tests.fakes.attested_server import AttestedServer, FakeLog, FakeMachine, FakeRoot
-from tests.fakes.middle import QUESTION, Passthrough
+from tests.fakes.middle import QUESTION, HeldHandshake, Passthrough
 
 TOKEN = "token-of-a-scientist-0123456789abcdef"
 ME = WhoAmI(user="ann", role="scientist", cloister="hospital", simulated=True, version="0.1.0")
@@ -232,3 +233,36 @@ def test_a_forgotten_session_takes_its_timer_along(known):
     del opened
     gc.collect()
     until(lambda: timers() == before)
+
+
+@pytest.mark.parametrize("signed_in", [True, False], ids=["token", "password"])
+def test_what_waits_for_a_handshake_while_the_machine_is_refused_stays_here(genuine, known, signed_in):
+    """Somebody who delays the handshake delays no request past the refusal."""
+    genuine.on("POST", "/api/v1/login", 500, b"")
+    opened = session.open(known(NEVER), need_token=False)
+    if not signed_in:
+        opened._bearer.token = None
+    answering, go_on = threading.Event(), threading.Event()
+
+    def slow(nonce: bytes):
+        answering.set()
+        go_on.wait(10)
+        return machine(debug=True).evidence(genuine.identity.spki, nonce)
+
+    genuine.answer = slow
+    with ThreadPoolExecutor() as pool:
+        # The connection of this is in use, so that the request needs one of its own.
+        refusal = pool.submit(opened.attest_again)
+        assert answering.wait(10)
+        mark = len(genuine.received)
+        held = HeldHandshake(genuine)
+        if signed_in:
+            work = pool.submit(opened.transport.call, "GET", "/me", None, WhoAmI)
+        else:
+            work = pool.submit(session.login, opened, "ann", "correct horse")
+        assert held.reached.wait(10)
+        go_on.set()
+        assert isinstance(refusal.exception(10), AttestationRefusedError)
+        held.go_on.set()
+        assert isinstance(work.exception(10), AttestationRefusedError)
+    assert bytes(genuine.received[mark:]) == b""
