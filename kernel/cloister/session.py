@@ -7,6 +7,7 @@ And again, on a timer, for as long as the session is open: see `cloister.reattes
 from __future__ import annotations
 
 import hashlib
+import os
 import ssl
 import threading
 import time
@@ -30,6 +31,7 @@ from cloister_data.errors import (
     AttestationRefusedError,
     AuthenticationError,
     CloisterError,
+    ConfigurationError,
     SessionExpiredError,
     TooManyRequestsError,
     UnavailableError,
@@ -82,6 +84,7 @@ class Session:
         self._bearer = _Bearer(profile.address, lambda: self.doubt)
         self._lock = threading.Lock()
         self._ended: CloisterError | None = None
+        self._pid = os.getpid()
         self._listeners: dict[object, Callable[[], None]] = {}
         self._keeper = Keeper(self.attest_again, profile.reattest_seconds)
         self.verdict, self.checkpoint, self.log_key = self._appraise()
@@ -115,8 +118,14 @@ class Session:
         """Why nothing may be sent now; None while the machine is proven.
 
         An AttestationRefusedError or UnreachableError where the session has ended, LapsedError where the last proof is
-        too old. A new error each time, to be raised.
+        too old, ConfigurationError in a forked process. A new error each time, to be raised.
         """
+        if self._forked:
+            return ConfigurationError(
+                "This process was forked from one that was connected.",
+                why="Two processes that share one encrypted connection would make it readable.",
+                next_step="Open a session here too.",
+            )
         if self._ended is not None:
             return _anew(self._ended)
         if self.proof_left > 0:
@@ -126,6 +135,10 @@ class Session:
             why=f"No evidence was to be had for {self._keeper.bound:.0f} seconds.",
             next_step="It is asked again, and work goes on when it answers. Check that it is running, and the network.",
         )
+
+    @property
+    def _forked(self) -> bool:
+        return self._pid != os.getpid()
 
     @property
     def proof_left(self) -> float:
@@ -149,6 +162,8 @@ class Session:
 
         Raises AttestationRefusedError, and the session is closed then; UnreachableError, and nothing has changed.
         """
+        if self._forked and (doubt := self.doubt) is not None:
+            raise doubt
         with self._lock:
             return self._attest()
 
@@ -167,8 +182,10 @@ class Session:
 
     def _prove(self) -> None:
         """Before each request: where the last proof is too old, for a new one. Raises as `attest_again` does."""
-        if self._ended is None and self.proof_left > 0:
+        if (doubt := self.doubt) is None:
             return
+        if self._forked:
+            raise doubt
         if not self._lock.acquire(timeout=CONNECT_TIMEOUT):
             raise self.doubt or LapsedError("The cloister's evidence is being asked for.", next_step="Try again.")
         try:
@@ -200,7 +217,8 @@ class Session:
         for listener in list(self._listeners.values()):
             listener()
         self._keeper.stop(patience)
-        self.client.close()
+        if not self._forked:
+            self.client.close()
 
     def __enter__(self) -> Self:
         return self

@@ -266,3 +266,40 @@ def test_what_waits_for_a_handshake_while_the_machine_is_refused_stays_here(genu
         held.go_on.set()
         assert isinstance(work.exception(10), AttestationRefusedError)
     assert bytes(genuine.received[mark:]) == b""
+
+
+FORKING = """
+import os, sys
+from cloister import session
+opened = session.open("hospital")
+opened.transport.raw("GET", "/me")
+def attempt(name, work):
+    try:
+        work()
+    except Exception as error:
+        print(name, type(error).__name__, flush=True)
+    else:
+        print(name, "sent", flush=True)
+if os.fork() == 0:
+    attempt("transport", lambda: opened.transport.raw("GET", "/me"))
+    attempt("client", lambda: opened.client.get("/api/v1/me"))
+    attempt("evidence", opened.attest_again)
+    opened.close()
+    sys.exit()
+os.wait()
+attempt("parent", lambda: opened.transport.raw("GET", "/me"))
+opened.close()
+"""
+
+
+def test_a_forked_process_sends_nothing_over_its_parents_connection(genuine, known):
+    """Two that go on from one TLS state use one nonce twice, and what both have sent can be read."""
+    known()
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKING], capture_output=True, text=True, timeout=30, check=False
+    )
+    refused = ["transport", "client", "evidence"]
+    assert done.stdout.splitlines() == [f"{name} ConfigurationError" for name in refused] + ["parent sent"]
+    assert done.returncode == 0
+    # The parent's connection was left alone.
+    assert bytes(genuine.received).count(b"GET /api/v1/me") == 2
