@@ -33,6 +33,7 @@ from cloister_data.errors import (
     CloisterError,
     ConfigurationError,
     SessionExpiredError,
+    StorageError,
     TooManyRequestsError,
     UnavailableError,
     UnreachableError,
@@ -47,6 +48,8 @@ CONNECT_TIMEOUT = 10.0
 """Seconds for the first handshake."""
 EVIDENCE_TIMEOUT = httpx.Timeout(connect=10, read=30, write=10, pool=10)
 """Evidence takes milliseconds to make; a machine that isn't proven gets no patience."""
+_BUSY = (UnavailableError, TooManyRequestsError, StorageError)
+"""What passes by itself: an outage, which proves nothing, and refuses nothing."""
 _LEAVING = frozenset(["http11.send_request_headers.started", "http11.send_request_body.started"])
 """httpcore's names of the steps before anything of a request is sent."""
 
@@ -250,6 +253,12 @@ class Session:
             return self._bare.call("POST", CONSISTENCY_PATH, asked, ConsistencyProof).hashes
         except UnreachableError:
             raise
+        except _BUSY as error:
+            raise UnreachableError(
+                f"{self.url} can't show at the moment that its audit log only grew. {NOTHING}",
+                why="It says that it is busy.",
+                next_step="Try again in a while.",
+            ) from error
         except CloisterError:
             return ()
 
@@ -259,7 +268,7 @@ class Session:
             return self._bare.raw("POST", ATTEST_PATH, request, limit=MAX_EVIDENCE_JSON, timeout=EVIDENCE_TIMEOUT)
         except (UnreachableError, AttestationRefusedError):
             raise
-        except (UnavailableError, TooManyRequestsError) as error:
+        except _BUSY as error:
             raise UnreachableError(
                 f"{self.url} shows no evidence at the moment. {NOTHING}",
                 why="It says that it is busy.",

@@ -1,6 +1,7 @@
 """A session that stays open: its machine proves itself again and again, and nothing is sent on an old proof."""
 
 import gc
+import json
 import subprocess
 import sys
 import threading
@@ -303,3 +304,25 @@ def test_a_forked_process_sends_nothing_over_its_parents_connection(genuine, kno
     assert done.returncode == 0
     # The parent's connection was left alone.
     assert bytes(genuine.received).count(b"GET /api/v1/me") == 2
+
+
+@pytest.mark.parametrize("question", ["/.well-known/attest", "/.well-known/consistency"])
+@pytest.mark.parametrize("status", [503, 429, 507])
+def test_a_machine_that_is_too_busy_to_answer_is_not_refused(genuine, known, status, question):
+    with session.open(known(NEVER)) as opened:
+        genuine.machine = replace(machine(), log=FakeLog(LOG.key, size=9))
+        answer = genuine.respond
+        code = {503: "unavailable", 429: "too-many-requests", 507: "storage-failed"}[status]
+        problem = json.dumps({"type": f"urn:cloister:problem:{code}", "title": "x", "status": status, "code": code})
+
+        def busy(method, path, body):
+            if path == question:
+                return status, "application/problem+json", problem.encode()
+            return answer(method, path, body)
+
+        genuine.respond = busy
+        with pytest.raises(UnreachableError, match="at the moment"):
+            opened.attest_again()
+        assert opened.doubt is None
+        genuine.respond = answer
+        assert opened.attest_again().ok
