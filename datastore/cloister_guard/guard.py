@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy.orm import Session
 
 from cloister_attest.collect import attester_for
+from cloister_attest.evidence import Evidence
 from cloister_budget.clock import last_written, steady_time
 from cloister_budget.database import open_database
 from cloister_budget.entries import KernelStarted, Refused
@@ -30,7 +31,7 @@ from cloister_budget.whatif import PastRequest, replay
 from cloister_data.accounts import AccountHistoryList, AccountView, WhatIf, WhatIfChange
 from cloister_data.base import Wire
 from cloister_data.datasets import PolicyView
-from cloister_data.errors import BudgetRefusedError, CloisterError, NotFoundError
+from cloister_data.errors import BudgetRefusedError, CloisterError, NotFoundError, UnavailableError
 from cloister_data.kernels import KernelLaunch, KernelView
 from cloister_data.policy import Policy, SignedPolicy
 from cloister_data.requests import BudgetAnswer, BudgetRequest, BudgetRequestView
@@ -68,6 +69,11 @@ VERSION = version("cloister")
 WATCH_SECONDS = 0.25
 LOGINS_AT_ONCE = 4
 """argon2id takes 64 MiB and a core for each; more at once would be a way to stall the guard."""
+EVIDENCE_AT_ONCE = 4
+EVIDENCE_WAITING = 64
+"""A device makes one report at a time, as fast as its host lets it, for anybody who asks. More questions than these are
+told to come again: each is asked in vain when its client has gone.
+"""
 
 T = TypeVar("T")
 
@@ -141,6 +147,9 @@ class Guard:
         self.kernels = Kernels(config.service_socket, config.kernels_per_user)
         self.metrics = Metrics(VERSION, config.platform)
         self.login_slots = asyncio.Semaphore(LOGINS_AT_ONCE)
+        # Threads of their own: whoever floods a slow device with questions keeps the rest of the guard its threads.
+        self._evidence_slots = anyio.CapacityLimiter(EVIDENCE_AT_ONCE)
+        self._evidence_asked = 0
         # Threads of their own: owners who wait for each other keep nobody else waiting.
         self.upload_slots = anyio.CapacityLimiter(UPLOADS_AT_ONCE)
         # By user: a model or an upload takes some times its size in memory, so each user sends one after the other.
@@ -169,6 +178,17 @@ class Guard:
             for charge in settled:
                 self.charging.log_settled(session, charge)
         self.catalogue.discard_orphans()
+
+    async def show_evidence(self, nonce: bytes) -> Evidence:
+        """Raises UnavailableError, also where too many have asked before."""
+        # Not by the slots' own count: between its look and its turn others pass.
+        if self._evidence_asked >= EVIDENCE_AT_ONCE + EVIDENCE_WAITING:
+            raise UnavailableError("Too many ask for this cloister's evidence at once.", next_step="Try again soon.")
+        self._evidence_asked += 1
+        try:
+            return await anyio.to_thread.run_sync(self.evidence.answer, nonce, limiter=self._evidence_slots)
+        finally:
+            self._evidence_asked -= 1
 
     async def watch(self) -> None:
         """Until it is cancelled: lock the data of owners whose witness is silent, and write down what was counted."""

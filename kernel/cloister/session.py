@@ -7,6 +7,7 @@ And again, on a timer, for as long as the session is open: see `cloister.reattes
 from __future__ import annotations
 
 import hashlib
+import os
 import ssl
 import threading
 import time
@@ -30,7 +31,9 @@ from cloister_data.errors import (
     AttestationRefusedError,
     AuthenticationError,
     CloisterError,
+    ConfigurationError,
     SessionExpiredError,
+    StorageError,
     TooManyRequestsError,
     UnavailableError,
     UnreachableError,
@@ -45,6 +48,10 @@ CONNECT_TIMEOUT = 10.0
 """Seconds for the first handshake."""
 EVIDENCE_TIMEOUT = httpx.Timeout(connect=10, read=30, write=10, pool=10)
 """Evidence takes milliseconds to make; a machine that isn't proven gets no patience."""
+_BUSY = (UnavailableError, TooManyRequestsError, StorageError)
+"""What passes by itself: an outage, which proves nothing, and refuses nothing."""
+_LEAVING = frozenset(["http11.send_request_headers.started", "http11.send_request_body.started"])
+"""httpcore's names of the steps before anything of a request is sent."""
 
 
 class Session:
@@ -80,6 +87,7 @@ class Session:
         self._bearer = _Bearer(profile.address, lambda: self.doubt)
         self._lock = threading.Lock()
         self._ended: CloisterError | None = None
+        self._pid = os.getpid()
         self._listeners: dict[object, Callable[[], None]] = {}
         self._keeper = Keeper(self.attest_again, profile.reattest_seconds)
         self.verdict, self.checkpoint, self.log_key = self._appraise()
@@ -113,8 +121,14 @@ class Session:
         """Why nothing may be sent now; None while the machine is proven.
 
         An AttestationRefusedError or UnreachableError where the session has ended, LapsedError where the last proof is
-        too old. A new error each time, to be raised.
+        too old, ConfigurationError in a forked process. A new error each time, to be raised.
         """
+        if self._forked:
+            return ConfigurationError(
+                "This process was forked from one that was connected.",
+                why="Two processes that share one encrypted connection would make it readable.",
+                next_step="Open a session here too.",
+            )
         if self._ended is not None:
             return _anew(self._ended)
         if self.proof_left > 0:
@@ -124,6 +138,10 @@ class Session:
             why=f"No evidence was to be had for {self._keeper.bound:.0f} seconds.",
             next_step="It is asked again, and work goes on when it answers. Check that it is running, and the network.",
         )
+
+    @property
+    def _forked(self) -> bool:
+        return self._pid != os.getpid()
 
     @property
     def proof_left(self) -> float:
@@ -147,6 +165,8 @@ class Session:
 
         Raises AttestationRefusedError, and the session is closed then; UnreachableError, and nothing has changed.
         """
+        if self._forked and (doubt := self.doubt) is not None:
+            raise doubt
         with self._lock:
             return self._attest()
 
@@ -165,8 +185,10 @@ class Session:
 
     def _prove(self) -> None:
         """Before each request: where the last proof is too old, for a new one. Raises as `attest_again` does."""
-        if self._ended is None and self.proof_left > 0:
+        if (doubt := self.doubt) is None:
             return
+        if self._forked:
+            raise doubt
         if not self._lock.acquire(timeout=CONNECT_TIMEOUT):
             raise self.doubt or LapsedError("The cloister's evidence is being asked for.", next_step="Try again.")
         try:
@@ -198,7 +220,8 @@ class Session:
         for listener in list(self._listeners.values()):
             listener()
         self._keeper.stop(patience)
-        self.client.close()
+        if not self._forked:
+            self.client.close()
 
     def __enter__(self) -> Self:
         return self
@@ -230,6 +253,12 @@ class Session:
             return self._bare.call("POST", CONSISTENCY_PATH, asked, ConsistencyProof).hashes
         except UnreachableError:
             raise
+        except _BUSY as error:
+            raise UnreachableError(
+                f"{self.url} can't show at the moment that its audit log only grew. {NOTHING}",
+                why="It says that it is busy.",
+                next_step="Try again in a while.",
+            ) from error
         except CloisterError:
             return ()
 
@@ -239,7 +268,7 @@ class Session:
             return self._bare.raw("POST", ATTEST_PATH, request, limit=MAX_EVIDENCE_JSON, timeout=EVIDENCE_TIMEOUT)
         except (UnreachableError, AttestationRefusedError):
             raise
-        except (UnavailableError, TooManyRequestsError) as error:
+        except _BUSY as error:
             raise UnreachableError(
                 f"{self.url} shows no evidence at the moment. {NOTHING}",
                 why="It says that it is busy.",
@@ -254,7 +283,10 @@ class Session:
 
 
 class _Bearer(httpx.Auth):
-    """Attaches the token to requests to the verified address, and to no other, while that is proven."""
+    """Attaches the token to requests to the verified address alone, and stops all of them while there is a doubt.
+
+    What asks for evidence goes anyway, without it: the answer may be that the machine isn't worth it any more.
+    """
 
     def __init__(self, address: Address, doubt: Callable[[], CloisterError | None]) -> None:
         self.token: str | None = None
@@ -262,14 +294,23 @@ class _Bearer(httpx.Auth):
 
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
         url = request.url
-        ours = url.scheme == "https" and (url.host, url.port or 443) == self._address
-        token = self.token
-        # What asks for evidence goes without: the answer may be that the machine isn't worth it any more.
-        if token is not None and ours and not url.path.startswith("/.well-known/"):
-            if (doubt := self._doubt()) is not None:
-                raise doubt
-            request.headers["authorization"] = f"Bearer {token}"
+        if not url.path.startswith("/.well-known/"):
+            self._refuse_doubt()
+            # Once more when there is a connection: who delays its handshake would delay the request past a refusal.
+            request.extensions["trace"] = self._trace
+            token = self.token
+            if token is not None and url.scheme == "https" and (url.host, url.port or 443) == self._address:
+                request.headers["authorization"] = f"Bearer {token}"
         yield request
+
+    def _trace(self, event: str, _: object) -> None:
+        """Called by httpcore at each step of a request."""
+        if event in _LEAVING:
+            self._refuse_doubt()
+
+    def _refuse_doubt(self) -> None:
+        if (doubt := self._doubt()) is not None:
+            raise doubt
 
 
 def open(profile: str | Profile, *, need_token: bool = True) -> Session:

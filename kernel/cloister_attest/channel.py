@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import ssl
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
@@ -130,8 +131,21 @@ def pinned_context(certificate_der: bytes) -> ssl.SSLContext:
     return context
 
 
+class _NeverPlain(ssl.SSLSocket):
+    """Never sends in plain text. ssl's own class forgets its TLS state before it closes the connection: what another
+    thread sends between the two would go out as it is.
+    """
+
+    def close(self) -> None:
+        with suppress(OSError):
+            # That of TCP: ssl's own shutdown() forgets the state first too.
+            socket.socket.shutdown(self, socket.SHUT_RDWR)
+        super().close()
+
+
 def _bare_client_context() -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.sslsocket_class = _NeverPlain
     context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False
     context.set_alpn_protocols(["http/1.1"])

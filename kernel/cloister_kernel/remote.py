@@ -8,6 +8,8 @@ import os
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
 
 import httpx
 import websockets.asyncio.client
@@ -39,6 +41,19 @@ def display_environment(environment: dict[str, str] | None = None) -> dict[str, 
     """The display settings of the local environment: the only ones that travel."""
     found = os.environ if environment is None else environment
     return {name: found[name] for name in DISPLAY_NAMES if found.get(name) and len(found[name]) <= 64}
+
+
+class _Channel(websockets.asyncio.client.ClientConnection):
+    """Looks at the proof once more when TLS stands: who delays that would delay the token past a refusal."""
+
+    def __init__(self, session: Session, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._session = session
+
+    async def handshake(self, *args: Any, **options: Any) -> None:
+        if (doubt := self._session.doubt) is not None:
+            raise doubt
+        await super().handshake(*args, **options)
 
 
 class WebsocketConnection:
@@ -177,6 +192,7 @@ class RemoteKernel:
                 ping_timeout=40,
                 close_timeout=2,
                 proxy=None,
+                create_connection=partial(_Channel, session),  # type: ignore[arg-type]
             )
         except InvalidStatus as error:
             await asyncio.to_thread(self.renew)

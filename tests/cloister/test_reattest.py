@@ -1,10 +1,12 @@
 """A session that stays open: its machine proves itself again and again, and nothing is sent on an old proof."""
 
 import gc
+import json
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -13,7 +15,7 @@ from cloister import connection, profile, reattest, session
 from cloister_data.errors import AttestationRefusedError, UnreachableError
 from cloister_data.identity import LoginAnswer, WhoAmI
 from tests.fakes.attested_server import AttestedServer, FakeLog, FakeMachine, FakeRoot
-from tests.fakes.middle import QUESTION, Passthrough
+from tests.fakes.middle import QUESTION, HeldHandshake, Passthrough
 
 TOKEN = "token-of-a-scientist-0123456789abcdef"
 ME = WhoAmI(user="ann", role="scientist", cloister="hospital", simulated=True, version="0.1.0")
@@ -232,3 +234,95 @@ def test_a_forgotten_session_takes_its_timer_along(known):
     del opened
     gc.collect()
     until(lambda: timers() == before)
+
+
+@pytest.mark.parametrize("signed_in", [True, False], ids=["token", "password"])
+def test_what_waits_for_a_handshake_while_the_machine_is_refused_stays_here(genuine, known, signed_in):
+    """Somebody who delays the handshake delays no request past the refusal."""
+    genuine.on("POST", "/api/v1/login", 500, b"")
+    opened = session.open(known(NEVER), need_token=False)
+    if not signed_in:
+        opened._bearer.token = None
+    answering, go_on = threading.Event(), threading.Event()
+
+    def slow(nonce: bytes):
+        answering.set()
+        go_on.wait(10)
+        return machine(debug=True).evidence(genuine.identity.spki, nonce)
+
+    genuine.answer = slow
+    with ThreadPoolExecutor() as pool:
+        # The connection of this is in use, so that the request needs one of its own.
+        refusal = pool.submit(opened.attest_again)
+        assert answering.wait(10)
+        mark = len(genuine.received)
+        held = HeldHandshake(genuine)
+        if signed_in:
+            work = pool.submit(opened.transport.call, "GET", "/me", None, WhoAmI)
+        else:
+            work = pool.submit(session.login, opened, "ann", "correct horse")
+        assert held.reached.wait(10)
+        go_on.set()
+        assert isinstance(refusal.exception(10), AttestationRefusedError)
+        held.go_on.set()
+        assert isinstance(work.exception(10), AttestationRefusedError)
+    assert bytes(genuine.received[mark:]) == b""
+
+
+FORKING = """
+import os, sys
+from cloister import session
+opened = session.open("hospital")
+opened.transport.raw("GET", "/me")
+def attempt(name, work):
+    try:
+        work()
+    except Exception as error:
+        print(name, type(error).__name__, flush=True)
+    else:
+        print(name, "sent", flush=True)
+if os.fork() == 0:
+    attempt("transport", lambda: opened.transport.raw("GET", "/me"))
+    attempt("client", lambda: opened.client.get("/api/v1/me"))
+    attempt("evidence", opened.attest_again)
+    opened.close()
+    sys.exit()
+os.wait()
+attempt("parent", lambda: opened.transport.raw("GET", "/me"))
+opened.close()
+"""
+
+
+def test_a_forked_process_sends_nothing_over_its_parents_connection(genuine, known):
+    """Two that go on from one TLS state use one nonce twice, and what both have sent can be read."""
+    known()
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKING], capture_output=True, text=True, timeout=30, check=False
+    )
+    refused = ["transport", "client", "evidence"]
+    assert done.stdout.splitlines() == [f"{name} ConfigurationError" for name in refused] + ["parent sent"]
+    assert done.returncode == 0
+    # The parent's connection was left alone.
+    assert bytes(genuine.received).count(b"GET /api/v1/me") == 2
+
+
+@pytest.mark.parametrize("question", ["/.well-known/attest", "/.well-known/consistency"])
+@pytest.mark.parametrize("status", [503, 429, 507])
+def test_a_machine_that_is_too_busy_to_answer_is_not_refused(genuine, known, status, question):
+    with session.open(known(NEVER)) as opened:
+        genuine.machine = replace(machine(), log=FakeLog(LOG.key, size=9))
+        answer = genuine.respond
+        code = {503: "unavailable", 429: "too-many-requests", 507: "storage-failed"}[status]
+        problem = json.dumps({"type": f"urn:cloister:problem:{code}", "title": "x", "status": status, "code": code})
+
+        def busy(method, path, body):
+            if path == question:
+                return status, "application/problem+json", problem.encode()
+            return answer(method, path, body)
+
+        genuine.respond = busy
+        with pytest.raises(UnreachableError, match="at the moment"):
+            opened.attest_again()
+        assert opened.doubt is None
+        genuine.respond = answer
+        assert opened.attest_again().ok

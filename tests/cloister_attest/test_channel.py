@@ -234,3 +234,34 @@ def test_nothing_but_the_pin_is_trusted():
     assert context.minimum_version == context.maximum_version == ssl.TLSVersion.TLSv1_3
     assert context.cert_store_stats() == {"x509": 1, "crl": 0, "x509_ca": 0}
     assert context.verify_flags & ssl.VERIFY_X509_STRICT
+
+
+def test_what_is_sent_while_another_thread_closes_never_goes_in_plain_text(monkeypatch):
+    """ssl forgets its TLS state before it closes the connection; the control is its own class."""
+    identity = make_server_identity()
+    sent = b"a row of a patient"
+    close = socket.socket._real_close
+
+    def closing(self):
+        with suppress(OSError):
+            self.send(sent)
+        close(self)
+
+    for kind, leaks in ((None, False), (ssl.SSLSocket, True)):
+        context = pinned_context(identity.certificate_der)
+        if kind is not None:
+            context.sslsocket_class = kind
+        near, far = socket.socketpair()
+        wire = far.dup()
+        serve = identity.context_for_server.wrap_socket
+        server = threading.Thread(target=lambda far=far, serve=serve: serve(far, server_side=True).close())
+        server.start()
+        channel = context.wrap_socket(near)
+        server.join()
+        with monkeypatch.context() as patch:
+            patch.setattr(socket.socket, "_real_close", closing)
+            channel.close()
+        with wire:
+            wire.settimeout(5)
+            received = b"".join(iter(lambda wire=wire: wire.recv(4096), b""))
+        assert (sent in received) is leaks

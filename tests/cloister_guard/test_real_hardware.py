@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -17,11 +20,13 @@ import cloister.profile
 import cloister.session
 import cloister_guard.guard
 from cloister_attest.appraise import appraise
+from cloister_attest.channel import pinned_context
 from cloister_attest.collateral.offline import identify
-from cloister_attest.evidence import EvidenceRecord
+from cloister_attest.evidence import AttestRequest, EvidenceRecord
 from cloister_attest.policy import AttestationPolicy
 from cloister_attest.reference_values import Publisher, ReferenceValues, SnpImage, sign_reference_values
 from cloister_budget.clock import SteadyClock
+from cloister_data.consistency import ConsistencyRequest
 from cloister_data.datasets import DatasetList, Declaration
 from cloister_data.errors import (
     AttestationRefusedError,
@@ -34,7 +39,7 @@ from cloister_data.framing import pack_body
 from cloister_data.owner import public_bytes, sign_policy
 from cloister_guard.config import GuardConfig
 from cloister_guard.datasets.keys import KeyRing, NoMachineKey
-from cloister_guard.guard import Guard
+from cloister_guard.guard import EVIDENCE_AT_ONCE, EVIDENCE_WAITING, Guard
 from cloister_guard.identity import Caller
 from tests.cloister_attest.policies import SNP_POLICY, TDX_POLICY
 from tests.cloister_attest.snp.minted import ISSUER_SERIAL, mint
@@ -199,6 +204,30 @@ def test_a_later_guard_vouches_for_an_earlier_start_with_what_it_holds(place: Si
     guard = place.guard()
     with contextlib.closing(guard.database), pytest.raises(StorageError, match="wasn't by a proven machine"):
         guard.recover()
+
+
+def test_anybodys_questions_to_a_slow_device_stall_nothing_else(place: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host may take a minute over a report; the witnesses' calls, say, must not wait for that."""
+    held, make = threading.Event(), SnpMachine.extended_report
+
+    def slow(machine: SnpMachine, report_data: bytes) -> tuple[bytes, bytes]:
+        held.wait(30)
+        return make(machine, report_data)
+
+    with place.serving() as (guard, running), ThreadPoolExecutor(80) as pool:
+        monkeypatch.setattr(SnpMachine, "extended_report", slow)
+        context = pinned_context(guard.evidence.identity.certificate_der)
+        with httpx.Client(base_url=running.url, verify=context, trust_env=False, timeout=30) as client:
+            question = AttestRequest(nonce=NONCE).to_json()
+            asked = [pool.submit(client.post, "/.well-known/attest", content=question) for _ in range(80)]
+            try:
+                beyond = 80 - EVIDENCE_AT_ONCE - EVIDENCE_WAITING
+                witnesses.until(lambda: sum(each.done() for each in asked) == beyond)
+                log = ConsistencyRequest(first=1, second=1).to_json()
+                assert client.post("/.well-known/consistency", content=log, timeout=5).status_code == 200
+            finally:
+                held.set()
+            assert {each.result(30).status_code for each in asked} == {200, 503}
 
 
 def envelope(version: str, measurement: bytes) -> bytes:

@@ -5,10 +5,13 @@ Real kernels, real sessions, real evidence; the machine's bytes are recorded ins
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,12 +19,16 @@ import pytest
 import cloister.reattest
 import cloister.session
 from cloister import profile
+from cloister_data.errors import AttestationRefusedError
+from cloister_data.identity import LoginAnswer
+from cloister_data.kernels import KernelView
 from cloister_kernel import bridge as bridges
 from cloister_kernel.provisioner import CloisterProvisioner
-from tests.fakes.attested_server import AttestedServer, FakeLog, FakeRoot
+from cloister_kernel.remote import RemoteKernel
+from tests.fakes.attested_server import AttestedServer, FakeLog, FakeMachine, FakeRoot
 from tests.fakes.kernel_client import Kernel, Make, processes, run
 from tests.fakes.kernel_relay import running_relay
-from tests.fakes.middle import QUESTION, Passthrough
+from tests.fakes.middle import QUESTION, HeldHandshake, Passthrough
 from tests.fakes.proven_relay import ProvenRelay
 
 FAST, NEVER = 0.15, 86400.0
@@ -280,6 +287,37 @@ def test_evidence_that_stays_away_ends_the_channel_when_the_proof_is_old(
     relay.heal()
     assert reply(well, request) == "ok"
     assert run(client, "kept") == ("ok", "2")
+
+
+def test_a_channel_that_waits_for_its_handshake_while_the_machine_is_refused_sends_no_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLOISTER_HOME", str(tmp_path))
+    bad = FakeMachine(WORLD.chip(chip_id=CHIP, debug=True))
+    with AttestedServer(FakeMachine(WORLD.chip(chip_id=CHIP), bad.log)) as genuine, ThreadPoolExecutor() as pool:
+        trust = tmp_path / "trust.toml"
+        trust.write_text(genuine.machine.hardware.trust().to_toml())
+        made = profile.new("held", genuine.url, trust, "ann")
+        made.save()
+        made.store_token(LoginAnswer(token="t" * 32, user="ann", role="scientist", expires=int(time.time()) + 3600))
+        remote = RemoteKernel("held")
+        remote.view = KernelView.model_construct(kernel="0" * 32)
+        session = remote.session()
+
+        async def connect() -> None:
+            async with remote.connect():
+                pass
+
+        held = HeldHandshake(genuine)
+        channel = pool.submit(asyncio.run, connect())
+        assert held.reached.wait(10)
+        mark = len(genuine.received)
+        genuine.machine = bad
+        with pytest.raises(AttestationRefusedError):
+            session.attest_again()
+        held.go_on.set()
+        assert isinstance(channel.exception(10), AttestationRefusedError)
+        assert QUESTION.fullmatch(bytes(genuine.received[mark:]))
 
 
 @pytest.mark.usefixtures("well")

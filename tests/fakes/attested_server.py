@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cloister_attest.binding import gpu_digest, report_data
 from cloister_attest.channel import ServerIdentity, make_server_identity
+from cloister_attest.collateral.items import Item
 from cloister_attest.evidence import AttestRequest, Evidence
 from cloister_attest.simulated.hardware import SimulatedHardware, issue_root
 from cloister_budget import merkle
@@ -79,23 +80,25 @@ class FakeRoot:
 
 @dataclass
 class FakeMachine:
-    """What a guard has at hand when it makes evidence. Tests bend one part of it at a time."""
+    """What a guard has at hand when it makes evidence: `hardware` is an Attester. Tests bend one part at a time."""
 
-    hardware: SimulatedHardware = field(default_factory=lambda: FakeRoot().chip())
+    hardware: Any = field(default_factory=lambda: FakeRoot().chip())
     log: FakeLog = field(default_factory=FakeLog)
     gpu: bytes | None = None
+    collateral: tuple[Item, ...] = ()
 
     def evidence(self, spki: bytes, nonce: bytes) -> Evidence:
         checkpoint = self.log.checkpoint()
         bound = report_data(spki, nonce, gpu_digest(self.gpu), checkpoint.encode(), self.log.public_key)
         report, certificates = self.hardware.collect(bound)
         return Evidence(
-            platform="simulated",
+            platform=self.hardware.platform,
             report=report,
             certificates=certificates,
             checkpoint=checkpoint,
             log_key=self.log.public_key,
             gpu=self.gpu,
+            collateral=self.collateral,
         )
 
 

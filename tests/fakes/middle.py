@@ -9,7 +9,7 @@ import threading
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from cloister_attest.channel import ServerIdentity, spki_of
+from tests.fakes.attested_server import AttestedServer
 
 
 def clone(identity: ServerIdentity, folder: Path) -> ServerIdentity:
@@ -66,6 +67,22 @@ QUESTION = re.compile(
     re.IGNORECASE,
 )
 """Requests for evidence, and nothing else: what an unproven machine may get."""
+
+
+class HeldHandshake:
+    """Holds back the next handshake with `server`, once it is `reached`, until `go_on` is set."""
+
+    def __init__(self, server: AttestedServer) -> None:
+        self.reached, self.go_on = threading.Event(), threading.Event()
+        finish = server._server.finish_request
+
+        def hold(request: Any, address: Any) -> None:
+            if not self.reached.is_set():
+                self.reached.set()
+                self.go_on.wait(10)
+            finish(request, address)
+
+        server._server.finish_request = hold  # type: ignore[method-assign]
 
 
 class Passthrough:

@@ -8,11 +8,12 @@ import hashlib
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from cloister_attest.collect import Attester
 from cloister_attest.devices.hardware import SnpHardware, TdxHardware
 from cloister_attest.devices.tsm import TsmReports
 from cloister_attest.policy import AttestationPolicy, HardwarePolicy
-from cloister_attest.snp.certificate_table import ARK_GUID, ASK_GUID, VCEK_GUID
+from cloister_attest.snp.certificate_table import ARK_GUID, ASK_GUID, VCEK_GUID, Collateral
 from cloister_attest.tdx import chain
 from cloister_attest.tdx.policy import TdxPolicy
 from cloister_data.identity import NewUser
@@ -46,22 +47,26 @@ DAY = timedelta(days=1)
 
 @dataclass
 class SnpMachine:
-    """A chip whose keys are here. `measurement` is of the image that it runs; `with_table`: the host has the chain."""
+    """A chip whose keys are here. `measurement` is of the image that it runs; `with_table`: the host has the chain.
+
+    `held` are its certificates, where they were made already.
+    """
 
     measurement: bytes = minted.MEASUREMENT
     with_table: bool = True
     recipe: Recipe = field(default_factory=lambda: Recipe(now=NOW))
     leaf_key: ec.EllipticCurvePrivateKey = field(default_factory=lambda: ec.generate_private_key(ec.SECP384R1()))
+    held: Collateral | None = None
 
     def extended_report(self, report_data: bytes) -> tuple[bytes, bytes]:
-        patch = {0x50: report_data, 0x90: self.measurement}
-        made = mint(replace(self.recipe, patch=patch, crl=False), self.leaf_key)
-        held = made.collateral
+        recipe = replace(self.recipe, patch=self.recipe.patch | {0x50: report_data, 0x90: self.measurement}, crl=False)
+        report = minted.report(recipe, self.leaf_key)
+        held = self.held or mint(recipe, self.leaf_key).collateral
         assert held.leaf is not None
         assert held.intermediate is not None
         assert held.root is not None
         table = {VCEK_GUID: held.leaf, ASK_GUID: held.intermediate, ARK_GUID: held.root}
-        return made.report, certificate_table(table) if self.with_table else b""
+        return report, certificate_table(table) if self.with_table else b""
 
     def attester(self, writers: AttestationPolicy) -> Attester:
         return SnpHardware(self, writers)
@@ -77,9 +82,10 @@ class SnpMachine:
 
 
 class TdxMachine:
-    """A TD on a throw-away Intel of today."""
+    """A TD on a throw-away Intel of today. `body` is what its quotes say but for the question."""
 
-    def __init__(self) -> None:
+    def __init__(self, body: Mapping[str, bytes] = MappingProxyType({})) -> None:
+        self.body = body
         dates = {"begin": NOW - 9 * DAY, "end": NOW + 9 * DAY}
         self.root = minting.certificate(
             chain.ROOT_CA, minting.ROOT_KEY, chain.ROOT_CA, minting.ROOT_KEY, authority=True, path=1, **dates
@@ -114,7 +120,7 @@ class TdxMachine:
 
     def attester(self, writers: AttestationPolicy) -> Attester:
         def report(report_data: bytes, level: int) -> bytes:
-            return minting.quote(body=minting.td_body(reportdata=report_data), certificates=self.chain)
+            return minting.quote(body=minting.td_body(**self.body, reportdata=report_data), certificates=self.chain)
 
         return TdxHardware(TsmReports(FakeConfigfs("tdx_guest", report)), writers)
 

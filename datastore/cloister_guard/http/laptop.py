@@ -46,7 +46,7 @@ def make_router(guard: Guard) -> APIRouter:
 
     @router.post("/.well-known/attest", openapi_extra=takes(AttestRequest))
     async def attest(request: Annotated[AttestRequest, Depends(reads(AttestRequest))]) -> Response:
-        return answer(await anyio.to_thread.run_sync(guard.evidence.answer, request.nonce))
+        return answer(await guard.show_evidence(request.nonce))
 
     @router.post("/.well-known/consistency", openapi_extra=takes(ConsistencyRequest))
     async def consistency(request: Annotated[ConsistencyRequest, Depends(reads(ConsistencyRequest))]) -> Response:
