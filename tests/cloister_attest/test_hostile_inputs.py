@@ -267,3 +267,23 @@ def test_few_faults_are_told_of_evidence_of_many_parts(kind: type[Evidence], par
 def test_evidence_may_hold_as_many_commas_as_its_texts_do() -> None:
     shown = SHOWN.model_copy(update={"checkpoint": "," * MAX_CHECKPOINT})
     assert Evidence.from_json(shown.to_json()) == shown
+
+
+MANY = [{}] * 100_000
+LEVEL = minting.level()
+LISTS = {
+    "levels": {"tcbLevels": MANY},
+    "modules": {"tdxModuleIdentities": MANY},
+    "levels of a module": {"tdxModuleIdentities": [minting.TCB_INFO["tdxModuleIdentities"][0] | {"tcbLevels": MANY}]},
+    "advisories": {"tcbLevels": [LEVEL | {"advisoryIDs": MANY}]},
+    "components": {"tcbLevels": [LEVEL | {"tcb": LEVEL["tcb"] | {"sgxtcbcomponents": MANY}}]},
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_intel_s_documents_are_refused_at_the_first_fault_of_a_list(name: str) -> None:
+    document = pcs.parse_signed(minting.document("tcbInfo", minting.TCB_INFO | LISTS[name]), "tcbInfo")
+    with pytest.raises(EvidenceError) as refused:
+        pcs.parse_tcb_info(document)
+    assert isinstance(refused.value.__cause__, ValidationError)
+    assert refused.value.__cause__.error_count() < 10
