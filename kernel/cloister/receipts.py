@@ -10,10 +10,9 @@ from pydantic import ValidationError
 from cloister.connection import Caller
 from cloister.judging import judge
 from cloister.profile import read_bounded, write_private
-from cloister_attest.evidence import EvidenceRecord
+from cloister_attest.evidence import EvidenceRecord, Sparse
 from cloister_attest.policy import AttestationPolicy
 from cloister_budget.receipts import ReceiptError, verify_receipt
-from cloister_data.base import Wire
 from cloister_data.checkpoint import Checkpoint
 from cloister_data.release import Receipt
 
@@ -23,7 +22,7 @@ MAX_RECEIPT = 8 << 20
 NEXT = "Don't rely on it; ask the operator and the data's owner."
 
 
-class ReceiptFile(Wire):
+class ReceiptFile(Sparse):
     """One receipt, and the evidence of the guard that wrote it: all that it takes to verify it offline."""
 
     format: Literal[1] = 1

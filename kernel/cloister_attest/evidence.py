@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from cloister_attest.collateral.items import Items
 from cloister_attest.reference_values import MAX_ENVELOPE
@@ -23,6 +24,25 @@ MAX_EVIDENCE_JSON = 8 << 20
 """Bytes that a client reads of an answer to an AttestRequest before it gives up."""
 
 
+MAX_PARTS = 32 << 10
+"""Commas in evidence, whose texts hold more of them than its few fields need."""
+
+
+class Sparse(Wire):
+    """A message of few parts from whoever nobody has proven yet.
+
+    pydantic keeps a report of each fault: eight megabytes of empty items would take gigabytes of memory.
+    """
+
+    @classmethod
+    def from_json(cls, data: bytes | str) -> Self:
+        parts = data.count(",") if isinstance(data, str) else data.count(b",")
+        if parts > MAX_PARTS:
+            fault = PydanticCustomError("too_many_parts", "It has more than {most} parts", {"most": MAX_PARTS})
+            raise ValidationError.from_exception_data(cls.__name__, [{"type": fault, "input": None}])
+        return super().from_json(data)
+
+
 class AttestRequest(Wire):
     """`POST /.well-known/attest`: evidence over a fresh nonce of 32 random bytes."""
 
@@ -33,7 +53,7 @@ class AttestRequest(Wire):
         return cls(nonce=secrets.token_bytes(NONCE_BYTES))
 
 
-class Evidence(Wire):
+class Evidence(Sparse):
     """What a machine shows to be believed.
 
     Attributes:
@@ -67,7 +87,7 @@ class Evidence(Wire):
         return canonical_json(self.model_dump(mode="json", exclude=empty))
 
 
-class EvidenceRecord(Wire):
+class EvidenceRecord(Sparse):
     """The evidence of one start of a guard, with all that an appraisal needs: whoever keeps it can make it again.
 
     `nonce` (32 bytes) is the guard's own; `certificate` is the TLS certificate (DER) that the evidence is bound to. The

@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from cloister.receipts import ReceiptFile
 from cloister_attest.channel import make_server_identity
-from cloister_attest.evidence import Evidence, EvidenceRecord
+from cloister_attest.evidence import MAX_CHECKPOINT, Evidence, EvidenceRecord
 from cloister_attest.outcome import EvidenceError
 from cloister_attest.policy import AttestationPolicy
 from cloister_attest.simulated import abi
@@ -246,3 +247,43 @@ def test_messages_of_hostile_shape(text: bytes) -> None:
     with pytest.raises(ValidationError):
         Evidence.from_json(text)
     assert time.monotonic() - began < SECONDS
+
+
+@pytest.mark.parametrize("kind", [Evidence, EvidenceRecord, ReceiptFile])
+@pytest.mark.parametrize("part", [b"{}", b"0"])
+def test_few_faults_are_told_of_evidence_of_many_parts(kind: type[Evidence], part: bytes) -> None:
+    """pydantic keeps each fault: the megabytes that an unproven machine may send made gigabytes of them."""
+    for text in (
+        b'{"collateral":[' + part + (b"," + part) * MIB + b"]}",
+        b"{" + b",".join(b'"%d":' % number + part for number in range(MIB // 8)) + b"}",
+    ):
+        for given_text in (text, text.decode()):
+            with pytest.raises(ValidationError) as refused:
+                kind.from_json(given_text)
+            assert refused.value.error_count() == 1
+            assert "more than 32768 parts" in str(refused.value)
+
+
+def test_evidence_may_hold_as_many_commas_as_its_texts_do() -> None:
+    shown = SHOWN.model_copy(update={"checkpoint": "," * MAX_CHECKPOINT})
+    assert Evidence.from_json(shown.to_json()) == shown
+
+
+MANY = [{}] * 100_000
+LEVEL = minting.level()
+LISTS = {
+    "levels": {"tcbLevels": MANY},
+    "modules": {"tdxModuleIdentities": MANY},
+    "levels of a module": {"tdxModuleIdentities": [minting.TCB_INFO["tdxModuleIdentities"][0] | {"tcbLevels": MANY}]},
+    "advisories": {"tcbLevels": [LEVEL | {"advisoryIDs": MANY}]},
+    "components": {"tcbLevels": [LEVEL | {"tcb": LEVEL["tcb"] | {"sgxtcbcomponents": MANY}}]},
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_intel_s_documents_are_refused_at_the_first_fault_of_a_list(name: str) -> None:
+    document = pcs.parse_signed(minting.document("tcbInfo", minting.TCB_INFO | LISTS[name]), "tcbInfo")
+    with pytest.raises(EvidenceError) as refused:
+        pcs.parse_tcb_info(document)
+    assert isinstance(refused.value.__cause__, ValidationError)
+    assert refused.value.__cause__.error_count() < 10

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 from cryptography import x509
 
+from cloister_attest.certificates import quietly
 from cloister_attest.collateral.items import Item
 from cloister_attest.outcome import EvidenceError
 from cloister_attest.snp.certificates import load_certificate
@@ -65,8 +66,9 @@ def read(item: Item) -> tuple[Dates, Age]:
 def load_crl(der: bytes) -> x509.CertificateRevocationList:
     """A revocation list whose issuer and dates can be read. Raises EvidenceError."""
     try:
-        found = x509.load_der_x509_crl(der)
-        _ = (found.issuer, found.last_update_utc, found.next_update_utc)
+        with quietly():
+            found = x509.load_der_x509_crl(der)
+            _ = (found.issuer, found.last_update_utc, found.next_update_utc)
         return found
     except Exception as error:
         # cryptography raises several classes for malformed lists; each of them means the same here.

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,6 +63,21 @@ def test_what_can_t_be_dated_is_an_evidence_error() -> None:
     for item in (endless, wrong, root_crl().model_copy(update={"content": b"0"})):
         with pytest.raises(EvidenceError):
             dates_of(item)
+
+
+def test_a_list_of_an_impossible_name_is_refused_without_a_word() -> None:
+    """cryptography would warn, on the terminal of whoever connects."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        country = x509.NameAttribute(NameOID.COUNTRY_NAME, "Lilliput", _validate=False)
+        made = x509.CertificateRevocationListBuilder().issuer_name(x509.Name([country])).last_update(NOW)
+        content = made.next_update(NOW + days(9)).sign(intel.ROOT_KEY, SHA256()).public_bytes(Encoding.DER)
+    item = Item(kind="amd-crl", name="Genoa", content=content, chain=b"")
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        with pytest.raises(EvidenceError):
+            dates_of(item)
+    assert heard == []
 
 
 @settings(max_examples=60, deadline=None)
