@@ -14,10 +14,8 @@ from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
 from cloister_attest.appraise import appraise
-from cloister_attest.collateral.needs import Need, needs_of_snp, needs_of_tdx
 from cloister_attest.collateral.store import FETCH
-from cloister_attest.evidence import Evidence, EvidenceRecord
-from cloister_attest.outcome import EvidenceError
+from cloister_attest.evidence import EvidenceRecord
 from cloister_attest.policy import AttestationPolicy
 from cloister_attest.result import AttestationResult
 from cloister_budget.entries import COARSE_SECONDS
@@ -67,12 +65,11 @@ class Vouching:
             return
         with suppress(StorageError):
             write_durably(self._refused, lambda file: file.write(record.to_json()))
-        missing = "".join(f" {need.what}: {need.url}." for need in _missing(record.evidence))
         raise ConfigurationError(
             "This machine's own evidence doesn't satisfy the trust file that says who may write its audit log.",
             why="Failed checks: " + "; ".join(f"{check.name}: {check.reason}" for check in verdict.failed) + ".",
             next_step="Nothing was written. Where the maker's collateral is missing or has expired, fetch it, and name "
-            f"the directory as collateral_dir: {FETCH} {self._refused} --to DIRECTORY.{missing} Otherwise this isn't "
+            f"the directory as collateral_dir: {FETCH} {self._refused} --to DIRECTORY. Otherwise this isn't "
             "the machine or the image that the trust file demands.",
         )
 
@@ -80,21 +77,6 @@ class Vouching:
         # A leaf's time is rounded down, and the evidence is from just before it.
         at = leaf_at + COARSE_SECONDS
         return appraise(record.evidence, self._policy, certificate=record.certificate, nonce=record.nonce, at=at)
-
-
-def _missing(evidence: Evidence) -> tuple[Need, ...]:
-    """What the maker publishes for an appraisal of this evidence, and didn't come with it."""
-    held = {(item.kind, item.name) for item in evidence.collateral}
-    try:
-        if evidence.platform == "sev-snp":
-            needs = needs_of_snp(evidence.report, evidence.certificates)
-        elif evidence.platform == "tdx":
-            needs = needs_of_tdx(evidence.report)
-        else:
-            return ()
-    except EvidenceError:
-        return ()
-    return tuple(need for need in needs if (need.kind, need.name) not in held)
 
 
 def _forged(start: Start, why: str) -> StorageError:

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import fcntl
 import os
-import secrets
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypeVar
 
@@ -29,6 +28,7 @@ from cloister_budget.merkle import LogVerificationError, verify_consistency
 from cloister_data.base import UserName, Wire
 from cloister_data.checkpoint import MAX_SIZE, Checkpoint
 from cloister_data.errors import AttestationRefusedError, ConfigurationError, StorageError
+from cloister_data.files import replace_whole
 from cloister_data.identity import LoginAnswer
 
 W = TypeVar("W", bound=Wire)
@@ -286,17 +286,10 @@ def _make_private(directory: Path) -> None:
 
 def write_private(path: Path, content: bytes) -> None:
     """Replace `path` whole or not at all; nobody else may read it at any moment."""
-    fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         _make_private(path.parent)
-        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
+        replace_whole(path, lambda file: file.write(content))
     except OSError as error:
-        with suppress(OSError):
-            fresh.unlink()
         raise _cannot_write(path, error) from error
 
 

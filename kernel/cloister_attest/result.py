@@ -18,7 +18,11 @@ SIMULATED_WARNING = (
     "SIMULATED HARDWARE: nothing but a throw-away key vouches for this machine. Never use it for real data."
 )
 
-_MARKS: dict[Verdict, str] = {"pass": "pass", "fail": "FAIL", "not-applicable": "n/a"}
+_MARKS: dict[Verdict, str] = {
+    "pass": "\N{CHECK MARK}",
+    "fail": "\N{BALLOT X}",
+    "not-applicable": "\N{EN DASH}",
+}
 
 
 class Check(Wire):
@@ -76,7 +80,7 @@ class AttestationResult(Wire):
         lines += [self.headline, ""]
         widest = max((len(check.name) for check in self.checks), default=0)
         lines += [
-            f"{number:>3}  {_MARKS[check.verdict]:<4}  {check.name:<{widest}}  {check.reason}"
+            f"{number:>3}  {_MARKS[check.verdict]}  {check.name:<{widest}}  {check.reason}"
             for number, check in enumerate(self.checks, 1)
         ]
         lines += ["", *(f"{name}: {value}" for name, value in self.facts)]
@@ -103,7 +107,7 @@ class AttestationResult(Wire):
         )
         return (
             f'<div class="cloister-attestation">{warning}<p><b>{escape(self.headline)}</b></p>'
-            f"<table><thead><tr><th></th><th>verdict</th><th>check</th><th>why</th></tr></thead>"
+            f"<table><thead><tr><th></th><th></th><th>check</th><th>why</th></tr></thead>"
             f"<tbody>{rows}</tbody></table><ul>{facts}</ul></div>"
         )
 
@@ -111,6 +115,8 @@ class AttestationResult(Wire):
     def headline(self) -> str:
         """The verdict in a line."""
         when = _when(self.verified_at)
+        if self.ok and any(check.name == "binding" and check.verdict != "pass" for check in self.checks):
+            return f"The report holds, but whom it answers wasn't checked: it may be relayed ({self.platform}, {when})."
         if self.ok:
             return f"Verified: the evidence holds ({self.platform}, {when})."
         failed = ", ".join(check.name for check in self.failed) or "checks are missing"

@@ -9,29 +9,18 @@ from typing import Annotated
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from cloister.judging import collateral_store, judge
 from cloister.profile import read_bounded
 from cloister.receipts import ReceiptFile
 from cloister_attest.appraise import appraise_report
 from cloister_attest.evidence import MAX_EVIDENCE_JSON, EvidenceRecord
-from cloister_attest.outcome import ReportDataUnchecked, Verdict
+from cloister_attest.outcome import ReportDataUnchecked
 from cloister_attest.policy import load_policy
 from cloister_attest.reference_values import MAX_ENVELOPE
-from cloister_attest.result import SIMULATED_WARNING, AttestationResult
 from cloister_cli.attest_evidence import parse_shown
 from cloister_cli.moments import FORMS, moment
-from cloister_cli.output import REFUSED, AsJson, print_json, printable, say
-
-MAX_CERTIFICATE_FILE = 64 << 10
-_MARKS: dict[Verdict, tuple[str, str]] = {
-    "pass": ("\N{CHECK MARK}", "green"),
-    "fail": ("\N{BALLOT X}", "bold red"),
-    "not-applicable": ("\N{EN DASH}", "dim"),
-}
+from cloister_cli.output import REFUSED, AsJson, print_json, say
 
 
 def verify(
@@ -107,7 +96,7 @@ def verify(
     if as_json:
         print_json({**result.model_dump(mode="json"), "ok": result.ok})
     else:
-        _show(result)
+        say(result.table())
     if not result.ok:
         raise typer.Exit(REFUSED)
 
@@ -143,21 +132,3 @@ def _expected(report_data: str | None) -> bytes | ReportDataUnchecked:
     if len(found) != 64:
         raise typer.BadParameter("It must be 64 bytes in hex, or `any`.", param_hint="--report-data")
     return found
-
-
-def _show(result: AttestationResult) -> None:
-    table = Table(box=None, pad_edge=False)
-    for heading in ("", "check", "why", "source"):
-        # An address that is to be fetched must be there whole.
-        table.add_column(heading, overflow="fold")
-    for check in result.checks:
-        mark, style = _MARKS[check.verdict]
-        cells = (check.name, check.reason, check.source)
-        table.add_row(Text(mark, style=style), *(Text(printable(cell)) for cell in cells))
-    if result.simulated:
-        say(SIMULATED_WARNING)
-    Console(highlight=False).print(table)
-    say("")
-    say(result.headline)
-    for name, value in result.facts:
-        say(f"{name}: {value}")

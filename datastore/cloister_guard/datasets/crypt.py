@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from cloister_data.errors import StorageError
+from cloister_data.files import replace_whole
 
 MAGIC = b"cloister/file/1\n"
 CHUNK = 1 << 20
@@ -83,22 +84,14 @@ def write_durably(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
     Raises StorageError, for example with no space left.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(
-            os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600), "wb"
-        ) as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        replace_whole(path, write)
         directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(directory)
         finally:
             os.close(directory)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise StorageError(
             "The cloister couldn't store a file.",
             why=f"{error.strerror or 'The disk refused'}.",

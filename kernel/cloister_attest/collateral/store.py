@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -23,6 +22,7 @@ from cloister_attest.collateral.needs import Piece, pieces_of_snp, pieces_of_tdx
 from cloister_attest.outcome import EvidenceError
 from cloister_data.base import UnixSeconds, Wire
 from cloister_data.errors import ConfigurationError, StorageError
+from cloister_data.files import replace_whole
 from cloister_data.policy import Platform
 
 FETCH = "cloister attest fetch-collateral"
@@ -103,7 +103,10 @@ class CollateralStore:
         with self._locked():
             outcome = self._outcome(path, item, fetched)
             if outcome != "kept":
-                _replace(path, fresh.to_json())
+                try:
+                    replace_whole(path, lambda file: file.write(fresh.to_json()))
+                except OSError as error:
+                    raise _cannot_write(path, error) from error
         return outcome
 
     def list(self) -> tuple[Entry, ...]:
@@ -205,21 +208,6 @@ def _read(path: Path) -> Stored | None:
     if path.name != f"{stored.item.kind}.{stored.item.name}{_SUFFIX}":
         raise _damaged(path, f"It holds {stored.item.kind} {stored.item.name}, which isn't what its name says")
     return stored
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    fresh = path.with_name(f".{secrets.token_hex(8)}{_SUFFIX}")
-    try:
-        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            fresh.unlink()
-        raise _cannot_write(path, error) from error
 
 
 def _damaged(path: Path, why: str) -> ConfigurationError:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import stat
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final, Self
@@ -28,6 +26,7 @@ from cloister_attest.simulated.abi import pack_body, pack_signature
 from cloister_attest.simulated.policy import SimulatedPolicy
 from cloister_attest.simulated.verify import CHIP_OID
 from cloister_data.errors import ConfigurationError, StorageError
+from cloister_data.files import replace_whole
 from cloister_data.policy import Platform
 
 DEFAULT_TCB = 1
@@ -198,15 +197,8 @@ def _builder(
 
 def _store(path: Path, key: ec.EllipticCurvePrivateKey, root: x509.Certificate) -> None:
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()) + root.public_bytes(Encoding.PEM)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(pem)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
+        replace_whole(path, lambda file: file.write(pem))
     except OSError as error:
-        with suppress(OSError):
-            fresh.unlink()
         raise StorageError(f"The simulated root {path} can't be written.", why=f"{error.strerror}.") from error
