@@ -13,7 +13,7 @@ from cloister_data.errors import InvalidRequestError, NotFoundError, StorageErro
 from cloister_data.framing import unpack_body
 from cloister_data.graph import ModelGraph
 from cloister_data.training import MAX_MODEL_BYTES, ModelView
-from cloister_guard.datasets.crypt import write_durably
+from cloister_data.crypt import write_durably
 
 QUOTA_BYTES = 2 * MAX_MODEL_BYTES
 

@@ -22,7 +22,7 @@ from cloister_budget.entries import COARSE_SECONDS
 from cloister_budget.replay import Start
 from cloister_budget.tables import EvidenceRow
 from cloister_data.errors import ConfigurationError, StorageError
-from cloister_guard.datasets.crypt import write_durably
+from cloister_data.crypt import write_durably
 
 
 class Vouching:

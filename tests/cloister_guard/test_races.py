@@ -442,7 +442,7 @@ def test_a_full_disk_refuses_a_model_in_words(house: House, monkeypatch: pytest.
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("cloister_guard.datasets.crypt.os.fsync", full)
+    monkeypatch.setattr("cloister_data.crypt.os.fsync", full)
     with pytest.raises(StorageError, match="No space left"):
         house.plan()
     assert list((house.guard.config.state_dir / "models" / "ann").iterdir()) == []

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from cloister_data.errors import StorageError
-from cloister_guard.datasets import crypt
-from cloister_guard.datasets.crypt import CHUNK, MAGIC, TAG, decrypt, encrypt_to, read_file, write_file
+from cloister_data import crypt
+from cloister_data.crypt import CHUNK, MAGIC, TAG, decrypt, encrypt_to, read_file, write_file
 
 KEY = bytes(range(32))
 HEADER = len(MAGIC) + 16

@@ -8,6 +8,7 @@ file id + i (u64) + last (u8), as in the STREAM construction (Hoang, Reyhanitaba
 
 from __future__ import annotations
 
+import io
 import os
 import secrets
 import struct
@@ -45,33 +46,63 @@ def _associated(file_id: bytes, index: int, *, last: bool) -> bytes:
 
 def encrypt_to(file: BinaryIO, data: bytes | memoryview, key: bytes) -> None:
     """Write `data`, encrypted under `key` (32 bytes), to `file`. Raises OSError."""
+    encrypt_stream(io.BytesIO(data), file, key)
+
+
+def encrypt_stream(source: BinaryIO, file: BinaryIO, key: bytes) -> None:
+    """Write what `source` gives until its end, encrypted under `key` (32 bytes), to `file`. Raises OSError."""
     file_id = secrets.token_bytes(_FILE_ID)
     cipher = _cipher(key, file_id)
     file.write(MAGIC + file_id)
-    view = memoryview(data).cast("B")
-    chunks = max(1, -(-len(view) // CHUNK))
-    for index in range(chunks):
-        plain = view[index * CHUNK : (index + 1) * CHUNK]
-        file.write(cipher.encrypt(_nonce(index), plain, _associated(file_id, index, last=index == chunks - 1)))
+    index, chunk = 0, _read_whole(source, CHUNK)
+    while True:
+        following = _read_whole(source, CHUNK)
+        last = not following
+        file.write(cipher.encrypt(_nonce(index), chunk, _associated(file_id, index, last=last)))
+        if last:
+            return
+        index, chunk = index + 1, following
 
 
 def decrypt(data: bytes | memoryview, key: bytes) -> bytes:
     """The plaintext of a whole encrypted file. Raises StorageError where one bit differs from what was written."""
-    view = memoryview(data).cast("B")
-    if len(view) < _HEADER + TAG or bytes(view[: len(MAGIC)]) != MAGIC:
+    plain = io.BytesIO()
+    decrypt_stream(io.BytesIO(data), plain, key)
+    return plain.getvalue()
+
+
+def decrypt_stream(file: BinaryIO, target: BinaryIO, key: bytes) -> None:
+    """Write the plaintext of an encrypted file to `target`, chunk by chunk, each one only after its tag was checked.
+
+    A file that was cut at a chunk's end is noticed at that end: what came before it is in `target` by then. Raises
+    StorageError where one bit differs from what was written, OSError where `target` fails.
+    """
+    header = _read_whole(file, _HEADER)
+    if len(header) < _HEADER or header[: len(MAGIC)] != MAGIC:
         raise _damaged()
-    file_id, body = bytes(view[len(MAGIC) : _HEADER]), view[_HEADER:]
+    file_id = header[len(MAGIC) :]
     cipher = _cipher(key, file_id)
-    step = CHUNK + TAG
-    chunks = -(-len(body) // step)
-    plain = bytearray()
-    try:
-        for index in range(chunks):
-            sealed = body[index * step : (index + 1) * step]
-            plain += cipher.decrypt(_nonce(index), sealed, _associated(file_id, index, last=index == chunks - 1))
-    except (InvalidTag, ValueError) as error:
-        raise _damaged() from error
-    return bytes(plain)
+    index, sealed = 0, _read_whole(file, CHUNK + TAG)
+    while True:
+        following = _read_whole(file, CHUNK + TAG)
+        last = not following
+        try:
+            plain = cipher.decrypt(_nonce(index), sealed, _associated(file_id, index, last=last))
+        except (InvalidTag, ValueError) as error:
+            raise _damaged() from error
+        target.write(plain)
+        if last:
+            return
+        index, sealed = index + 1, following
+
+
+def _read_whole(source: BinaryIO, size: int) -> bytes:
+    """Exactly `size` bytes, or what there is until the end: a pipe gives less at a time."""
+    pieces, missing = [], size
+    while missing and (piece := source.read(missing)):
+        pieces.append(piece)
+        missing -= len(piece)
+    return b"".join(pieces)
 
 
 def write_file(path: Path, data: bytes | memoryview, key: bytes) -> None:

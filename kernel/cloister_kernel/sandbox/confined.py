@@ -1,0 +1,271 @@
+"""Confined kernels: each in a sandbox of its own with every layer, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import secrets
+import shutil
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cloister_data.errors import CloisterError, ConfigurationError, UnavailableError
+from cloister_data.framing import Channel
+from cloister_data.kernels import KernelLaunch
+from cloister_data.policy import Sandbox
+from cloister_kernel.kernel_files import KernelSockets, check_socket_length, kernel_environment, named
+from cloister_kernel.remains import delete
+from cloister_kernel.sandbox.cgroups import Cgroups, KernelCgroup, Limits, find
+from cloister_kernel.sandbox.homes import Homes
+from cloister_kernel.sandbox.layers import LayerError
+from cloister_kernel.sandbox.mounter import Mounter
+from cloister_kernel.sandbox.process import Confinement, Sandboxed, receive
+from cloister_kernel.sandbox.stage import as_configuration_error, find_bubblewrap, open_stage
+from cloister_kernel.sandbox.view import HOME, RUN_GUARD, RUN_KERNEL, Bound
+from cloister_kernel.spawner import Prepared, Started
+from cloister_kernel.uids import UidPool
+
+WARM_SECONDS = 120.0
+KILL_SECONDS = 10.0
+WRITABLE = ("/home", "/tmp", "/var/tmp", "/dev/shm")  # noqa: S108 - the sandbox's own
+
+
+@dataclass
+class _Kernel:
+    """What belongs to one kernel, from the first step to the last."""
+
+    prepared: Prepared
+    cgroup: KernelCgroup
+    sockets: KernelSockets
+    guard_directory: Path
+    sandboxed: Sandboxed | None = None
+    user: str | None = None  # whose home it holds
+    paths: dict[Channel, str] = field(default_factory=dict)
+
+
+class ConfinedSpawner:
+    """Kernels with all layers. `runtime` is the cloister's runtime directory."""
+
+    sandbox: Sandbox = "confined"
+
+    def __init__(
+        self, confinement: Confinement, mounter: Mounter, cgroups: Cgroups, homes: Homes, runtime: Path, limits: Limits
+    ) -> None:
+        self.homes = homes
+        self._confinement, self._mounter, self._cgroups, self._limits = confinement, mounter, cgroups, limits
+        self._directories, self._guard = runtime / "k", runtime / "g"
+        self._uids = UidPool()
+        self._kernels: dict[str, _Kernel] = {}
+
+    @classmethod
+    def open(cls, runtime: Path, vault: Path, *, limits: Limits, home_bytes: int, tmp_bytes: int) -> ConfinedSpawner:
+        """Set everything up. To be called while the process has a single thread.
+
+        Raises ConfigurationError, which names the layer that is missing and the mend.
+        """
+        if importlib.util.find_spec("ipykernel") is None:
+            raise ConfigurationError(
+                "This installation can't run kernels: ipykernel is missing.",
+                next_step="Install the guard's packages: pip install 'cloister[guard]'.",
+            )
+        check_socket_length(runtime)
+        rootless = os.geteuid() != 0
+        try:
+            bwrap = find_bubblewrap()
+            stage = runtime / "s"
+            for directory in (runtime, runtime / "k", runtime / "g", stage):
+                directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+                directory.chmod(0o711)
+            view, mounter = open_stage(stage)
+            cgroups = find("cloister-" + hashlib.sha256(os.fsencode(runtime)).hexdigest()[:12])
+        except LayerError as error:
+            raise as_configuration_error(error) from error
+        confinement = Confinement(view, bwrap, _python(), rootless=rootless, tmp_bytes=tmp_bytes)
+        homes = Homes(runtime / "h", vault, confinement, mounter, home_bytes)
+        return cls(confinement, mounter, cgroups, homes, runtime, limits)
+
+    async def check(self) -> None:
+        """Start one sandbox and end it. Raises ConfigurationError where a layer is missing."""
+        prepared = await self.prepare()
+        kernel = self._kernels[prepared.kernel]
+        try:
+            assert kernel.sandboxed is not None
+            if kernel.sandboxed.pid not in kernel.cgroup.pids():
+                raise as_configuration_error(LayerError("cgroup", "A kernel didn't enter its own.", "Report this."))
+        finally:
+            await self.discard(prepared)
+
+    async def prepare(self, *, warm: bool = False) -> Prepared:
+        identifier = secrets.token_hex(16)
+        uid = os.geteuid() if self._confinement.rootless else self._uids.take()
+        prepared = Prepared(identifier, uid, warm)
+        kernel: _Kernel | None = None
+        try:
+            kernel = _Kernel(
+                prepared,
+                self._cgroups.make(identifier, self._limits),
+                KernelSockets(self._directories / identifier[:12]),
+                self._guard / identifier,
+            )
+            self._kernels[identifier] = kernel
+            await self._start(kernel)
+            if warm:
+                assert kernel.sandboxed is not None
+                report, _ = await receive(kernel.sandboxed.control, WARM_SECONDS)
+                if report is None or report.state != "ready":
+                    raise UnavailableError("A warm kernel ended before it was ready.")
+        except BaseException as error:
+            if kernel is None:
+                self._uids.give_back(uid)
+            else:
+                with contextlib.suppress(CloisterError):
+                    await self._bury(kernel)
+            if isinstance(error, LayerError):
+                raise as_configuration_error(error) from error
+            if isinstance(error, OSError):
+                raise UnavailableError("The kernel can't be started.", why=f"{error}.") from error
+            raise
+        return prepared
+
+    async def _start(self, kernel: _Kernel) -> None:
+        sockets, uid = kernel.sockets, kernel.prepared.uid
+        try:
+            sockets.open(lambda path: self._own(path, uid))
+            kernel.paths = sockets.paths
+            connection = sockets.directory / "connection.json"
+            descriptor = os.open(connection, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o400)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(sockets.connection(RUN_KERNEL))
+            self._own(connection, uid)
+            # The guard makes the kernel's socket in it, and makes it anew when it restarts.
+            kernel.guard_directory.mkdir(mode=0o710)
+            if not self._confinement.rootless:
+                os.chown(kernel.guard_directory, 0, uid)
+            kernel.sandboxed = await self._confinement.start(
+                uid,
+                order={
+                    "connection": f"{RUN_KERNEL}/connection.json",
+                    "warm": kernel.prepared.warm,
+                    "readable": [*self._confinement.view.readable, "/usr", "/etc", "/proc", "/dev", "/run"],
+                    "writable": list(WRITABLE),
+                },
+                environment=_early_environment(),
+                bound=(Bound(str(kernel.guard_directory), RUN_GUARD), Bound(str(sockets.directory), RUN_KERNEL)),
+                groups=kernel.cgroup.procs,
+                keep=sockets.descriptors,
+            )
+        finally:
+            sockets.close()
+
+    def _own(self, path: Path, uid: int) -> None:
+        if not self._confinement.rootless:
+            os.chown(path, uid, uid, follow_symlinks=False)
+
+    async def assign(self, prepared: Prepared, user: str, guard_socket: str, launch: KernelLaunch) -> Started:
+        kernel = self._kernels[prepared.kernel]
+        assert kernel.sandboxed is not None
+        try:
+            inside = f"{RUN_GUARD}/{os.path.basename(guard_socket)}"
+            if Path(guard_socket).parent != kernel.guard_directory:
+                raise UnavailableError("The guard made the kernel's socket in another directory.")
+            environment = kernel_environment(launch, home=HOME, user=user, guard_socket=inside)
+            home = await self.homes.acquire(user, launch.home_key)
+            kernel.user = user
+            owners = None if self._confinement.rootless else (self.homes.owner, prepared.uid)
+            namespace = kernel.sandboxed.namespace
+            await asyncio.to_thread(self._mounter.attach, str(home), HOME, namespace, owners)
+            message = json.dumps({"environment": environment}).encode()
+            await asyncio.get_running_loop().sock_sendall(kernel.sandboxed.control, message)
+        except BaseException as error:
+            with contextlib.suppress(CloisterError):
+                await self._bury(kernel)
+            if isinstance(error, OSError):
+                raise UnavailableError("The kernel can't be started.", why=f"{error}.") from error
+            raise
+        return Started(
+            prepared.kernel,
+            prepared.uid,
+            user,
+            self.sandbox,
+            kernel.sandboxed.process,
+            kernel.sockets.key,
+            kernel.paths,
+            memory=kernel.cgroup.memory,
+            oom_kills=kernel.cgroup.oom_kills,
+        )
+
+    async def discard(self, prepared: Prepared) -> None:
+        await self._bury(self._kernels[prepared.kernel])
+
+    def interrupt(self, started: Started) -> None:
+        sandboxed = self._kernels[started.kernel].sandboxed
+        if sandboxed is not None and started.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(sandboxed.pid, signal.SIGINT)
+
+    def exit_code(self, code: int) -> int:
+        # bubblewrap passes a signal on as a shell does.
+        return 128 - code if code > 128 else code
+
+    async def end(self, started: Started) -> None:
+        async with asyncio.timeout(KILL_SECONDS):
+            await self._bury(self._kernels[started.kernel])
+
+    async def _bury(self, kernel: _Kernel) -> None:
+        """Every step is tried; a uid whose processes might go on stays lent."""
+        prepared = kernel.prepared
+        if kernel.sandboxed is not None:
+            if kernel.sandboxed.process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    kernel.sandboxed.process.kill()
+            kernel.sandboxed.close()
+        try:
+            await kernel.cgroup.kill()
+            if kernel.sandboxed is not None:
+                await kernel.sandboxed.process.wait()
+            await kernel.cgroup.remove()
+        except LayerError as error:
+            raise UnavailableError("Processes of an ended kernel go on.", why=str(error)) from error
+        finally:
+            if kernel.user is not None:
+                user, kernel.user = kernel.user, None
+                await self.homes.release(user)
+            await asyncio.to_thread(shutil.rmtree, kernel.sockets.directory, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                kernel.guard_directory.rmdir()
+        self._kernels.pop(prepared.kernel, None)
+        if not self._confinement.rootless:
+            self._uids.give_back(prepared.uid)
+
+    async def recover(self) -> None:
+        await self._cgroups.recover()
+        await delete(*await asyncio.to_thread(named, self._directories, 12))
+
+    async def close(self) -> None:
+        for kernel in list(self._kernels.values()):
+            with contextlib.suppress(CloisterError):
+                await self._bury(kernel)
+        await self.homes.close()
+        self._mounter.close()
+        self._cgroups.close()
+
+
+def _python() -> str:
+    import sys
+
+    return sys.executable
+
+
+def _early_environment() -> dict[str, str]:
+    """What Python finds before the kernel is somebody's; its home isn't there yet."""
+    return {
+        "HOME": HOME,
+        "PATH": "/usr/bin:/bin",
+        "LANG": "C.UTF-8",
+        "IPYTHONDIR": "/tmp/.ipython",  # noqa: S108 - the sandbox's own
+    }
