@@ -8,31 +8,27 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import os
 import platform
-import struct
 from dataclasses import dataclass
 
+from cloister_data.bpf import (
+    ALLOW,
+    AUDIT_ARCH,
+    ERRNO,
+    JUMP_ANY_BIT,
+    JUMP_EQUAL,
+    LOAD,
+    RETURN,
+    SECCOMP,
+    answer,
+    argument_low,
+    install,
+    instruction,
+    prologue,
+)
 from cloister_data.errors import UnavailableError
 
-_SECCOMP_SET_MODE_FILTER = 1
-_SECCOMP_FILTER_FLAG_TSYNC = 1
-
-_LOAD = 0x20  # BPF_LD | BPF_W | BPF_ABS
-_JUMP_EQUAL = 0x15  # BPF_JMP | BPF_JEQ | BPF_K
-_JUMP_AT_LEAST = 0x35  # BPF_JMP | BPF_JGE | BPF_K
-_JUMP_ANY_BIT = 0x45  # BPF_JMP | BPF_JSET | BPF_K
-_RETURN = 0x06  # BPF_RET | BPF_K
-
-_ALLOW = 0x7FFF0000
-_KILL_PROCESS = 0x80000000
-_ERRNO = 0x00050000
-
-# struct seccomp_data: nr (u32), arch (u32), instruction pointer (u64), args (6 x u64, little-endian here).
-_NUMBER, _ARCH, _FIRST_ARGUMENT_LOW = 0, 4, 16
-
 _CLONE_THREAD = 0x00010000
-_X32_BIT = 0x40000000
 
 
 @dataclass(frozen=True)
@@ -67,8 +63,8 @@ _COMMON = {
 }
 
 X86_64 = Abi(
-    audit_arch=0xC000003E,
-    seccomp=317,
+    audit_arch=AUDIT_ARCH["x86_64"],
+    seccomp=SECCOMP["x86_64"],
     io_uring_setup=425,
     clone=56,
     clone3=435,
@@ -89,8 +85,8 @@ X86_64 = Abi(
 )  # fmt: skip
 
 AARCH64 = Abi(
-    audit_arch=0xC00000B7,
-    seccomp=277,
+    audit_arch=AUDIT_ARCH["aarch64"],
+    seccomp=SECCOMP["aarch64"],
     io_uring_setup=425,
     clone=220,
     clone3=435,
@@ -112,12 +108,6 @@ AARCH64 = Abi(
 _ABIS = {"x86_64": X86_64, "aarch64": AARCH64}
 
 
-class _Program(ctypes.Structure):
-    """struct sock_fprog."""
-
-    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
-
-
 def abi() -> Abi:
     """This machine's. Raises UnavailableError on any other than the two known ones."""
     found = _ABIS.get(platform.machine())
@@ -127,50 +117,29 @@ def abi() -> Abi:
 
 
 def assemble(numbers: Abi) -> bytes:
-    """The filter: struct sock_filter[] of 8 bytes each (u16 code, u8 jump if true, u8 jump if false, u32 k)."""
-
-    def instruction(code: int, k: int, true: int = 0, false: int = 0) -> bytes:
-        return struct.pack("=HBBI", code, true, false, k)
-
-    def answer(number: int, value: int) -> list[bytes]:
-        return [instruction(_JUMP_EQUAL, number, 0, 1), instruction(_RETURN, value)]
-
-    program = [
-        instruction(_LOAD, _ARCH),
-        instruction(_JUMP_EQUAL, numbers.audit_arch, 1, 0),
-        instruction(_RETURN, _KILL_PROCESS),
-        instruction(_LOAD, _NUMBER),
-        # x32 on x86-64; nothing has so large a number elsewhere.
-        instruction(_JUMP_AT_LEAST, _X32_BIT, 0, 1),
-        instruction(_RETURN, _KILL_PROCESS),
-    ]
+    """The filter: struct sock_filter[] of 8 bytes each."""
+    program = prologue(numbers.audit_arch)
     for number in sorted(set(numbers.denied.values())):
-        program += answer(number, _ERRNO | errno.EPERM)
-    program += answer(numbers.clone3, _ERRNO | errno.ENOSYS)
+        program += answer(number, ERRNO | errno.EPERM)
+    program += answer(numbers.clone3, ERRNO | errno.ENOSYS)
     program += [
-        instruction(_JUMP_EQUAL, numbers.clone, 0, 3),
-        instruction(_LOAD, _FIRST_ARGUMENT_LOW),
+        instruction(JUMP_EQUAL, numbers.clone, 0, 3),
+        instruction(LOAD, argument_low(0)),
         # A thread is welcome, a process isn't.
-        instruction(_JUMP_ANY_BIT, _CLONE_THREAD, 1, 0),
-        instruction(_RETURN, _ERRNO | errno.EPERM),
-        instruction(_RETURN, _ALLOW),
+        instruction(JUMP_ANY_BIT, _CLONE_THREAD, 1, 0),
+        instruction(RETURN, ERRNO | errno.EPERM),
+        instruction(RETURN, ALLOW),
     ]
     return b"".join(program)
 
 
 def install_filter(libc: ctypes.CDLL) -> None:
     """Put the filter on every thread of this process; needs no_new_privs. Raises UnavailableError."""
-    numbers = abi()
-    code = assemble(numbers)
-    program = _Program(len(code) // 8, code)
-    done = libc.syscall(
-        ctypes.c_long(numbers.seccomp),
-        ctypes.c_ulong(_SECCOMP_SET_MODE_FILTER),
-        ctypes.c_ulong(_SECCOMP_FILTER_FLAG_TSYNC),
-        ctypes.byref(program),
-    )
-    if done != 0:
-        raise _refused(os.strerror(ctypes.get_errno()) if done < 0 else "a thread refused it")
+    code = assemble(abi())
+    try:
+        install(code, platform.machine(), libc)
+    except OSError as error:
+        raise _refused(str(error.strerror)) from error
 
 
 def probe_io_uring(libc: ctypes.CDLL) -> int:

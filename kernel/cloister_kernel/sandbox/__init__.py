@@ -1,1 +1,1 @@
-"""What keeps a notebook kernel in: namespaces, uid, cgroup, system-call filter, Landlock, and a view of its own."""
+"""What a notebook kernel's process takes from itself before user code runs: files, network, system calls."""

@@ -1,17 +1,22 @@
-"""The error of a sandbox that lacks a layer. Standard library only: it is raised inside the sandbox too."""
+"""A layer of the sandbox that can't be set, in words. Standard library only: the kernel's own process raises it."""
 
 from __future__ import annotations
 
+from cloister_kernel.process import PR_GET_NO_NEW_PRIVS, prctl
+
 
 class LayerError(Exception):
-    """A layer of the sandbox is missing or didn't take hold: the kernel must not start.
-
-    Attributes:
-        layer: its name, as the documents call it.
-        why: what was seen.
-        mend: what the admin can do.
-    """
+    """The kernel must not start: `layer` can't be set or doesn't hold, because of `why`; `mend` says what to do."""
 
     def __init__(self, layer: str, why: str, mend: str) -> None:
+        super().__init__(layer, why, mend)
         self.layer, self.why, self.mend = layer, why, mend
-        super().__init__(f"{layer}: {why} {mend}")
+
+    def __str__(self) -> str:
+        return f"The notebook kernel can't be confined: {self.layer}. {self.why} {self.mend}"
+
+
+def need_no_new_privileges(layer: str) -> None:
+    """Raises LayerError: without it a privileged process could set the layer, and lose none of its privileges."""
+    if prctl(PR_GET_NO_NEW_PRIVS, 0) != 1:
+        raise LayerError(layer, "no_new_privs isn't set.", "Set it first, with prctl(PR_SET_NO_NEW_PRIVS).")

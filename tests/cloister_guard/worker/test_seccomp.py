@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -108,7 +109,7 @@ def run(code: bytes, arch: int, number: int, flags: int = 0) -> int:
     at, accumulator = 0, 0
     data = {0: number, 4: arch, 16: flags}
     while True:
-        operation, true, false, k = seccomp.struct.unpack_from("=HBBI", code, at * 8)
+        operation, true, false, k = struct.unpack_from("=HBBI", code, at * 8)
         at += 1
         if operation == 0x20:
             accumulator = data[k]
