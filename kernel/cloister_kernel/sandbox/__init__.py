@@ -1,0 +1,1 @@
+"""The layers that confine a notebook kernel, one module each."""
