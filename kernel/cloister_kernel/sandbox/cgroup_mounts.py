@@ -1,4 +1,4 @@
-"""Where cgroup hierarchies are mounted, and where a process stands in them (proc(5), cgroups(7)). Text only, no files."""
+"""Where cgroup hierarchies are mounted, and where a process stands in them (proc(5), cgroups(7)): text only."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Under the cgroup of the kernel service (SERVICE) this makes, in one v2 hierarchy or in three of v1:
 
-    SERVICE/NAME-service             v2 only: the service's own processes; a v2 cgroup has processes or children, not both
+    SERVICE/NAME-service             v2 only: the service's processes; a v2 cgroup has processes or children, not both
     SERVICE/NAME-kernels             all kernels together: a low CPU weight, so that the guard comes first
     SERVICE/NAME-kernels/kernel-ID   one kernel and its limits
 
@@ -13,27 +13,24 @@ Reference: Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import fcntl
 import os
 import re
-import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cloister_kernel.sandbox.cgroup_mounts import UNIFIED, locate, parse_membership, parse_mountinfo
+from cloister_kernel.sandbox.kernel_cgroup import KernelCgroup, listed, removed, unique, write
 from cloister_kernel.sandbox.layers import LayerError
 
 CONTROLLERS = ("memory", "pids", "cpu")
 PERIOD_MICROSECONDS = 100_000
 # What all kernels together weigh against one process of the guard on v1, or against its cgroup on v2: a tenth.
 CPU_WEIGHT, CPU_SHARES = 10, 102
-ROUNDS = 500
-PAUSE_SECONDS = 0.01
-BATCH = 64
+MOVES = 100
 
 _KERNEL_ID = re.compile(r"[0-9a-f]{32}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
@@ -89,95 +86,6 @@ def settings(limits: Limits, *, unified: bool) -> list[tuple[str, str, str, bool
     ]
 
 
-@dataclass(frozen=True)
-class KernelCgroup:
-    """The cgroup of one kernel: one directory on v2, one for each controller on v1."""
-
-    unified: bool
-    directories: Mapping[str, Path]
-
-    @property
-    def procs(self) -> tuple[Path, ...]:
-        """The files into each of which a process writes "0" to enter, as long as it has the service's rights."""
-        return tuple(directory / "cgroup.procs" for directory in _unique(self.directories))
-
-    def enter(self, pid: int) -> None:
-        """Put a process in. What it forked before stays out. Raises OSError."""
-        for path in self.procs:
-            _write(path, str(pid))
-
-    def memory(self) -> int:
-        """Bytes in use now. Raises OSError after `remove`, as the counters do."""
-        file = "memory.current" if self.unified else "memory.usage_in_bytes"
-        return int((self.directories["memory"] / file).read_text())
-
-    def oom_kills(self) -> int:
-        """How many processes Linux killed because memory ran out.
-
-        On v2 one such kill ends the whole kernel. On v1 it ends one process: whoever sees the number rise ends the rest.
-        """
-        file = "memory.events" if self.unified else "memory.oom_control"
-        return _counter(self.directories["memory"] / file, "oom_kill")
-
-    def throttled(self) -> int:
-        """In how many periods the kernel used up its CPU quota and had to wait."""
-        return _counter(self.directories["cpu"] / "cpu.stat", "nr_throttled")
-
-    def pids(self) -> list[int]:
-        """The processes inside; on v1, those in any of the hierarchies. None after `remove`."""
-        found: set[int] = set()
-        for path in self.procs:
-            found.update(_listed(path))
-        return sorted(found)
-
-    async def kill(self) -> None:
-        """End every process inside, daemons too, and wait until none is left. Raises LayerError where one survives."""
-        # Nothing can fork any more, so a list of processes only gets shorter.
-        with contextlib.suppress(OSError):
-            _write(self.directories["pids"] / "pids.max", "0")
-        for _ in range(ROUNDS):
-            if not self.pids():
-                return
-            self._kill_once()
-            await asyncio.sleep(PAUSE_SECONDS)
-        raise LayerError("cgroup", "Processes of an ended kernel go on.", "Restart the machine.")
-
-    async def remove(self) -> None:
-        """Remove the cgroup of a kernel whose processes are gone. Raises LayerError where it can't be."""
-        for directory in _unique(self.directories):
-            for _ in range(ROUNDS):
-                if _removed(directory):
-                    break
-                await asyncio.sleep(PAUSE_SECONDS)
-            else:
-                raise LayerError("cgroup", f"{directory} can't be removed: it is in use.", "End the processes in it.")
-
-    def _kill_once(self) -> None:
-        if self.unified:
-            try:
-                _write(self.directories["pids"] / "cgroup.kill", "1")
-                return
-            except FileNotFoundError:  # before Linux 5.14
-                pass
-        pids = self.pids()
-        for first in range(0, len(pids), BATCH):
-            self._kill_listed(pids[first : first + BATCH])
-
-    def _kill_listed(self, pids: list[int]) -> None:
-        """SIGKILL to processes. Each is held before it is looked for again: its number may have gone to another."""
-        held: dict[int, int] = {}
-        try:
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    held[pid] = os.pidfd_open(pid)
-            for pid in held.keys() & set(self.pids()):
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(held[pid], signal.SIGKILL)
-        finally:
-            for descriptor in held.values():
-                os.close(descriptor)
-
-
 class Cgroups:
     """Makes the cgroups of kernels. One object holds a name at a time: a second `find` of it is refused."""
 
@@ -193,12 +101,12 @@ class Cgroups:
         try:
             self._parents["pids"].mkdir(exist_ok=True)
             self._lock = _lock(self._parents["pids"])
-            for parent in _unique(self._parents):
+            for parent in unique(self._parents):
                 parent.mkdir(exist_ok=True)
             if unified:
                 self._share_out()
             file, weight = ("cpu.weight", CPU_WEIGHT) if unified else ("cpu.shares", CPU_SHARES)
-            _write(self._parents["cpu"] / file, str(weight))
+            write(self._parents["cpu"] / file, str(weight))
         except OSError as error:
             self.close()
             raise LayerError("cgroup", f"{error.filename} can't be set up: {error.strerror}.", _DELEGATE) from error
@@ -213,18 +121,18 @@ class Cgroups:
         group = self._group(_PREFIX + kernel_id)
         made: list[Path] = []
         try:
-            for directory in _unique(group.directories):
+            for directory in unique(group.directories):
                 directory.mkdir()
                 made.append(directory)
             for controller, file, value, needed in settings(limits, unified=self.unified):
                 try:
-                    _write(group.directories[controller] / file, value)
+                    write(group.directories[controller] / file, value)
                 except FileNotFoundError:
                     if needed:
                         raise
         except OSError as error:
             for directory in made:
-                _removed(directory)
+                removed(directory)
             raise LayerError(
                 "cgroup",
                 f"{error.filename} can't be set: {error.strerror}.",
@@ -236,7 +144,7 @@ class Cgroups:
         """End and remove the kernels that an earlier service of this name left. To be called before a `make`."""
         left = {
             entry
-            for parent in _unique(self._parents)
+            for parent in unique(self._parents)
             for entry in os.listdir(parent)
             if entry.startswith(_PREFIX) and _KERNEL_ID.fullmatch(entry.removeprefix(_PREFIX))
         }
@@ -250,8 +158,8 @@ class Cgroups:
         if self._lock < 0:
             return
         with contextlib.suppress(OSError):
-            for parent in _unique(self._parents):
-                _removed(parent)
+            for parent in unique(self._parents):
+                removed(parent)
             if self.unified:
                 self._take_back()
         os.close(self._lock)
@@ -268,14 +176,14 @@ class Cgroups:
             leaf.mkdir(exist_ok=True)
             _move(service, leaf)
         for directory in (service, self._parents["pids"]):
-            _write(directory / "cgroup.subtree_control", " ".join(f"+{key}" for key in self._service))
+            write(directory / "cgroup.subtree_control", " ".join(f"+{key}" for key in self._service))
 
     def _take_back(self) -> None:
         service, leaf = self._service["pids"], self._service["pids"] / self._leaf
         if leaf.exists():
-            _write(service / "cgroup.subtree_control", " ".join(f"-{key}" for key in self._service))
+            write(service / "cgroup.subtree_control", " ".join(f"-{key}" for key in self._service))
             _move(leaf, service)
-            _removed(leaf)
+            removed(leaf)
 
 
 def find(
@@ -352,62 +260,11 @@ def _lock(directory: Path) -> int:
 
 def _move(source: Path, target: Path) -> None:
     """Move every process of one cgroup into another. Raises OSError."""
-    for _ in range(ROUNDS):
-        pids = _listed(source / "cgroup.procs")
+    for _ in range(MOVES):
+        pids = listed(source / "cgroup.procs")
         if not pids:
             return
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
-                _write(target / "cgroup.procs", str(pid))
+                write(target / "cgroup.procs", str(pid))
     raise OSError(errno.EBUSY, "it goes on filling", str(source))
-
-
-def _write(path: Path, value: str) -> None:
-    """Write a file of cgroupfs, never make one. Raises OSError with the file's name: write(2) alone tells none."""
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            os.write(descriptor, value.encode())
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(path)) from error
-
-
-def _listed(path: Path) -> list[int]:
-    """The pids in a cgroup.procs file; none where the cgroup is gone. Raises OSError.
-
-    Linux lists a process that this pid namespace doesn't show as 0. It is left out: its cgroup can't be removed, then.
-    """
-    try:
-        return [pid for line in path.read_text().split() if (pid := int(line)) > 0]
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENODEV):
-            return []
-        raise
-
-
-def _counter(path: Path, key: str) -> int:
-    for line in path.read_text().splitlines():
-        name, _, value = line.partition(" ")
-        if name == key:
-            return int(value)
-    raise LayerError("cgroup", f"{path} doesn't count {key}.", "Use Linux 5.15 or later.")
-
-
-def _removed(directory: Path) -> bool:
-    """Whether the directory is gone now. Raises OSError where that can't change by waiting."""
-    try:
-        directory.rmdir()
-    except FileNotFoundError:
-        return True
-    except OSError as error:
-        if error.errno in (errno.EBUSY, errno.ENOTEMPTY):
-            return False
-        raise
-    return True
-
-
-def _unique(directories: Mapping[str, Path]) -> list[Path]:
-    """On v2, and where v1 controllers are mounted together, one directory stands for several."""
-    return list(dict.fromkeys(directories.values()))
