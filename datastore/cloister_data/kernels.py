@@ -17,10 +17,12 @@ class KernelLaunch(Wire):
     """Asks for a kernel. `verdict` is the laptop's own verdict as JSON, shown in the notebook, trusted by nobody.
 
     `environment` holds display settings only (COLUMNS, LINES, TZ, LANG): names outside the list are refused.
+    `home_key` opens the user's home, 32 bytes in hex that the laptop keeps; "" asks for a home that isn't kept.
     """
 
     verdict: Annotated[str, Field(max_length=65536)] = ""
     environment: dict[Literal["COLUMNS", "LINES", "TZ", "LANG", "NO_COLOR"], Text] = Field(default={}, max_length=8)
+    home_key: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$", repr=False)] = ""
 
 
 class KernelView(Wire):

@@ -14,6 +14,10 @@ import zmq
 from ipykernel.kernelapp import IPKernelApp
 
 
+PACKAGES = ".cloister/packages"
+"""Where `%cloister pip install` puts packages, below the home."""
+
+
 class NotebookApp(IPKernelApp):
     """ipykernel's application with inherited sockets and without a heartbeat: the spawner watches the process."""
 
@@ -26,6 +30,12 @@ class NotebookApp(IPKernelApp):
 
     def init_heartbeat(self) -> None:
         self.heartbeat = None
+
+    def belongs_to_user(self) -> None:
+        """The home is there now: what is looked for in it is found from here on."""
+        packages = os.path.join(os.environ["HOME"], PACKAGES)
+        if packages not in sys.path:
+            sys.path.append(packages)
 
 
 def main() -> None:

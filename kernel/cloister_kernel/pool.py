@@ -35,9 +35,12 @@ class Pool:
 
     async def take(self) -> Prepared:
         """A warm kernel, or a cold one where none is ready. Nobody else ever gets it. Raises CloisterError."""
-        if self._ready:
+        while self._ready:
             self._taken.set()
-            return self._ready.popleft()
+            prepared = self._ready.popleft()
+            if self._spawner.ready(prepared):
+                return prepared
+            await self._spawner.discard(prepared)
         return await self._spawner.prepare()
 
     async def close(self) -> None:

@@ -51,6 +51,10 @@ class Spawner(Protocol):
         """A kernel that nobody has. A warm one is complete, with the usual imports done. Raises CloisterError."""
         ...
 
+    def ready(self, prepared: Prepared) -> bool:
+        """Whether a kernel that waits still can be given to somebody."""
+        ...
+
     async def discard(self, prepared: Prepared) -> None:
         """End a kernel that nobody gets."""
         ...
@@ -69,6 +73,14 @@ class Spawner(Protocol):
 
     async def end(self, started: Started) -> None:
         """Kill the kernel and everything that it left. Raises UnavailableError where something survives."""
+        ...
+
+    async def wipe(self, user: str) -> None:
+        """Delete what is kept of the user's home. Raises InvalidRequestError while a kernel of the user runs."""
+        ...
+
+    async def save(self) -> None:
+        """Keep what has changed in the homes."""
         ...
 
     async def recover(self) -> None:

@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,7 +86,7 @@ class ConfinedSpawner:
             cgroups = find("cloister-" + hashlib.sha256(os.fsencode(runtime)).hexdigest()[:12])
         except LayerError as error:
             raise as_configuration_error(error) from error
-        confinement = Confinement(view, bwrap, _python(), rootless=rootless, tmp_bytes=tmp_bytes)
+        confinement = Confinement(view, bwrap, sys.executable, rootless=rootless, tmp_bytes=tmp_bytes)
         homes = Homes(runtime / "h", vault, confinement, mounter, home_bytes)
         return cls(confinement, mounter, cgroups, homes, runtime, limits)
 
@@ -170,6 +171,8 @@ class ConfinedSpawner:
         kernel = self._kernels[prepared.kernel]
         assert kernel.sandboxed is not None
         try:
+            if not self.ready(prepared):
+                raise UnavailableError("The kernel ended before it was given away.", next_step="Start another one.")
             inside = f"{RUN_GUARD}/{os.path.basename(guard_socket)}"
             if Path(guard_socket).parent != kernel.guard_directory:
                 raise UnavailableError("The guard made the kernel's socket in another directory.")
@@ -198,6 +201,10 @@ class ConfinedSpawner:
             memory=kernel.cgroup.memory,
             oom_kills=kernel.cgroup.oom_kills,
         )
+
+    def ready(self, prepared: Prepared) -> bool:
+        sandboxed = self._kernels[prepared.kernel].sandboxed
+        return sandboxed is not None and sandboxed.process.returncode is None
 
     async def discard(self, prepared: Prepared) -> None:
         await self._bury(self._kernels[prepared.kernel])
@@ -242,6 +249,12 @@ class ConfinedSpawner:
         if not self._confinement.rootless:
             self._uids.give_back(prepared.uid)
 
+    async def wipe(self, user: str) -> None:
+        await self.homes.wipe(user)
+
+    async def save(self) -> None:
+        await self.homes.save_changed()
+
     async def recover(self) -> None:
         await self._cgroups.recover()
         await delete(*await asyncio.to_thread(named, self._directories, 12))
@@ -253,12 +266,6 @@ class ConfinedSpawner:
         await self.homes.close()
         self._mounter.close()
         self._cgroups.close()
-
-
-def _python() -> str:
-    import sys
-
-    return sys.executable
 
 
 def _early_environment() -> dict[str, str]:
