@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
 from cloister_data.base import Text, Wire
 from cloister_data.errors import UnavailableError
 from cloister_kernel.sandbox.layers import LayerError
-from cloister_kernel.sandbox.view import Bound, View, bubblewrap, contents
+from cloister_kernel.sandbox.view import Bound, View, bubblewrap, contents, import_path
 
 LOCK_SECONDS = 30.0
 MAX_REPORT = 64 << 10
@@ -100,6 +100,7 @@ class Confinement:
             closing.callback(os.close, status_write)
             data = {path: _sealed(text, stack) for path, text in contents(uid).items()}
             command = self._command(uid, status_write, data, bound)
+            said = stack.enter_context(tempfile.TemporaryFile())
             complete = order | {
                 "uid": uid,
                 "gid": os.getegid() if self.rootless else uid,
@@ -107,7 +108,7 @@ class Confinement:
                 "control": theirs.fileno(),
                 "descriptors": list(keep),
             }
-            for name, value in environment.items():
+            for name, value in {"PYTHONPATH": import_path(), **environment}.items():
                 command[-1:-1] = ["--setenv", name, value]
             process = await asyncio.create_subprocess_exec(
                 *("/bin/sh", "-c", ENTER, "sh", " ".join(map(os.fspath, groups))),
@@ -115,7 +116,7 @@ class Confinement:
                 *(self.python, "-c", SHIM, json.dumps(complete)),
                 stdin=stdin,
                 stdout=stdout,
-                stderr=asyncio.subprocess.DEVNULL,
+                stderr=said,
                 env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
                 cwd="/",
                 pass_fds=(theirs.fileno(), status_write, *data.values(), *keep),
@@ -124,9 +125,9 @@ class Confinement:
             failed.callback(_kill, process)
             closing.close()
             theirs.close()
-            namespace = await _mount_namespace(process, status_read)
+            namespace = await _mount_namespace(process, status_read, said)
             failed.callback(os.close, namespace)
-            pid = await first_report(process, ours)
+            pid = await _locked(process, ours, said)
             failed.pop_all()
             return Sandboxed(process, ours, namespace, pid)
 
@@ -152,7 +153,7 @@ def _sealed(text: str, stack: ExitStack) -> int:
     return file.fileno()
 
 
-async def _mount_namespace(process: asyncio.subprocess.Process, status: int) -> int:
+async def _mount_namespace(process: asyncio.subprocess.Process, status: int, said: IO[bytes]) -> int:
     """A descriptor of the sandbox's mount namespace, from bubblewrap's word on the descriptor `status`."""
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(limit=MAX_REPORT)
@@ -168,7 +169,7 @@ async def _mount_namespace(process: asyncio.subprocess.Process, status: int) -> 
             raise LayerError("cgroup", "The kernel couldn't enter its own.", "Look at the cgroup's permissions.") from error
         raise LayerError(
             "bubblewrap",
-            f"It ended with status {code} before the namespaces stood.",
+            f"It ended with status {code} before the namespaces stood: {_last_words(said)}",
             "Look whether `bwrap --unshare-all --ro-bind / / true` works as the same user; where user namespaces are "
             "forbidden (user.max_user_namespaces, AppArmor on Ubuntu 24.04), allow them to bubblewrap.",
         ) from error
@@ -192,14 +193,21 @@ async def _ended(process: asyncio.subprocess.Process) -> int:
         return await process.wait()
 
 
-async def first_report(process: asyncio.subprocess.Process, control: socket.socket) -> int:
+async def _locked(process: asyncio.subprocess.Process, control: socket.socket, said: IO[bytes]) -> int:
     """Wait until the sandbox's layers hold; the pid of the process in it. Raises LayerError, UnavailableError."""
     report, pid = await receive(control)
     if report is None:
-        raise UnavailableError("The kernel ended before it had started.", why=f"Status {await _ended(process)}.")
+        code = await _ended(process)
+        raise UnavailableError("The kernel ended before it had started.", why=f"Status {code}: {_last_words(said)}")
     if report.state == "refused":
         raise LayerError(report.layer, report.why, report.mend)
     return pid
+
+
+def _last_words(said: IO[bytes]) -> str:
+    """The end of what was written to standard error; no user's code has run by then."""
+    said.seek(max(0, said.seek(0, os.SEEK_END) - 500))
+    return " ".join(said.read().decode(errors="replace").split())
 
 
 async def receive(control: socket.socket, seconds: float = LOCK_SECONDS) -> tuple[Report | None, int]:

@@ -41,6 +41,7 @@ def lock_down(order: dict[str, Any]) -> None:
 
 def main() -> NoReturn:
     order: dict[str, Any] = json.loads(sys.argv[1])
+    del os.environ["PYTHONPATH"]  # it was for this process alone
     control = socket.socket(fileno=order["control"])
     try:
         lock_down(order)
@@ -48,6 +49,9 @@ def main() -> NoReturn:
         _refuse(control, error)
     except Exception as error:  # whatever it is, nothing may start
         _refuse(control, LayerError("lock-down", f"{type(error).__name__}: {error}.", check.REPORT))
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 2)  # it was open for words of failure up to here
+    os.close(null)
     _say(control, {"state": "locked"})
     if "program" in order:
         control.close()

@@ -70,6 +70,12 @@ def package_sources() -> list[str]:
     return found
 
 
+def import_path() -> str:
+    """PYTHONPATH for a sandbox: where this service has Cloister's packages from, if not from its installation."""
+    parents = dict.fromkeys(os.path.dirname(source) for source in package_sources())
+    return os.pathsep.join(parent for parent in parents if not within(parent, os.path.realpath(sys.prefix)))
+
+
 def interpreter(python: str) -> list[str]:
     """What Python needs to start and to import."""
     return [sys.base_prefix, sys.prefix, python, sysconfig.get_path("stdlib")]
@@ -122,13 +128,14 @@ def bubblewrap(
     for name in SETTINGS:
         if os.path.exists(f"/etc/{name}"):
             command += ["--ro-bind", f"/etc/{name}", f"/etc/{name}"]
+    command += ["--proc", "/proc", "--dev", "/dev"]
+    for path in ("/dev/shm", "/tmp", "/var/tmp"):  # noqa: S108 - the sandbox's own
+        command += ["--perms", "1777", "--size", str(tmp_bytes), "--tmpfs", path]
+    # Later, for Cloister may be installed below /tmp.
     for piece in view.pieces:
         command += ["--ro-bind", piece.staged, piece.path]
     for link in view.links:
         command += ["--symlink", link.target, link.path]
-    command += ["--proc", "/proc", "--dev", "/dev"]
-    for path in ("/dev/shm", "/tmp", "/var/tmp"):  # noqa: S108 - the sandbox's own
-        command += ["--perms", "1777", "--size", str(tmp_bytes), "--tmpfs", path]
     command += ["--dir", HOME,]
     for each in bound:
         command += ["--bind" if each.writable else "--ro-bind", each.source, each.path]
