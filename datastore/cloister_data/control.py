@@ -15,13 +15,19 @@ from cloister_data.policy import Sandbox
 
 
 class RegisterKernel(Wire):
-    """A kernel is about to start: make its socket, owned by `uid`, answering as `user`."""
+    """A kernel is about to start: make its socket, owned by `uid`, answering as `user`.
+
+    `service` names the run of the kernel service whose kernel it is: kernels of an earlier run died with it. `again`:
+    it runs already, and was registered before.
+    """
 
     op: Literal["register"] = "register"
     kernel: Identifier
     uid: int = Field(ge=0, le=2**32 - 2)
     user: UserName
     sandbox: Sandbox
+    service: Identifier
+    again: bool = False
 
 
 class EndKernel(Wire):

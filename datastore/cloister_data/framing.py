@@ -71,7 +71,7 @@ class ChannelFrame:
 
     `sequence` counts this direction's DATA and EXIT frames from 1 (0 on HELLO and ACK); `acknowledged` is the highest
     sequence number that the sender has received from the other side without a gap. `parts` are the Jupyter message's
-    ZeroMQ parts with an empty signature; for EXIT one part, the exit code in decimal.
+    ZeroMQ parts with an empty signature; for EXIT the exit code in decimal, and the reason as text.
     """
 
     kind: FrameKind

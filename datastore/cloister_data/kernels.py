@@ -12,6 +12,9 @@ from cloister_data.policy import Sandbox
 
 KernelState = Literal["starting", "running", "dead"]
 
+EndingKind = Literal["asked", "exited", "signal", "memory", "idle", "lease", "room", "guard", "service"]
+"""Why a kernel ended; `cloister_kernel/endings.py` says each in words."""
+
 
 class KernelLaunch(Wire):
     """Asks for a kernel. `verdict` is the laptop's own verdict as JSON, shown in the notebook, trusted by nobody.
@@ -69,7 +72,32 @@ class KernelQuery(Wire):
     user: UserName
 
 
-KernelOrder = Annotated[KernelStart | KernelSignal | KernelAttach | KernelQuery, Field(discriminator="op")]
+class KernelMeet(Wire):
+    """Guard to kernel service: this guard is here. Kernels that it doesn't know are registered before the answer.
+
+    Sent every few seconds, so that the service knows that it has a guard. `guard` names one run of the guard.
+    """
+
+    op: Literal["meet"] = "meet"
+    guard: Identifier
+
+
+class KernelFigures(Wire):
+    """A kernel service's kernels, without names. `service` names one run of it; the counts are since it started.
+
+    `warm` ones wait for a user; `memory_bytes` is what all of them hold.
+    """
+
+    service: Identifier
+    running: int = Field(ge=0)
+    starting: int = Field(ge=0)
+    warm: int = Field(ge=0)
+    memory_bytes: int = Field(ge=0)
+    started: int = Field(ge=0)
+    ended: dict[EndingKind, Annotated[int, Field(ge=0)]]
+
+
+KernelOrder = Annotated[KernelStart | KernelSignal | KernelAttach | KernelQuery | KernelMeet, Field(discriminator="op")]
 
 
 class KernelAnswer(Wire):
@@ -77,4 +105,5 @@ class KernelAnswer(Wire):
 
     kernel: KernelView | None = None
     kernels: KernelList | None = None
+    figures: KernelFigures | None = None
     problem: Problem | None = None

@@ -53,7 +53,9 @@ class GuardConfig(Wire):
         max_queries, max_jobs: how many workers answer questions, and train, at the same time.
         worker_memory_mb: address-space limit of one worker, also of one that reads an upload.
         refusals_per_minute: how many requests of one user may be refused in a minute; more aren't looked at.
-        kernels_per_user: how many kernels one user may have at the same time.
+        kernels_per_user, kernels_total: how many kernels one user, and all together, may have at the same time.
+        kernel_idle_seconds: a kernel is ended, after a warning in its notebook, when no cell has run in it, and nothing
+            was asked of it, for so long.
         lease_seconds: an owner's data are locked, and jobs on them end, when the owner's witness is silent for so long.
     """
 
@@ -73,6 +75,8 @@ class GuardConfig(Wire):
     worker_memory_mb: int = Field(default=16_384, ge=1024, le=1 << 20)
     refusals_per_minute: int = Field(default=60, ge=1, le=10_000)
     kernels_per_user: int = Field(default=8, ge=1, le=100)
+    kernels_total: int = Field(default=64, ge=1, le=10_000)
+    kernel_idle_seconds: float = Field(default=86_400.0, ge=60, le=2_592_000)
     lease_seconds: float = Field(default=30.0, ge=2, le=3600)
 
     @model_validator(mode="after")

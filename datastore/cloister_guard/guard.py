@@ -20,7 +20,7 @@ from cloister_attest.collect import attester_for
 from cloister_attest.evidence import Evidence
 from cloister_budget.clock import last_written, steady_time
 from cloister_budget.database import open_database
-from cloister_budget.entries import KernelStarted, Refused
+from cloister_budget.entries import Refused
 from cloister_budget.journal import Journal
 from cloister_budget.ledger import Ledger
 from cloister_budget.log import AuditLog
@@ -48,6 +48,7 @@ from cloister_guard.events import EventHub
 from cloister_guard.evidence import EvidenceDesk
 from cloister_guard.identity import Caller, Identity
 from cloister_guard.jobs import Jobs, close_dead_jobs
+from cloister_guard.kernel_log import KernelLog
 from cloister_guard.kernels import Kernels
 from cloister_guard.leases import Leases
 from cloister_guard.metrics import Metrics
@@ -144,7 +145,8 @@ class Guard:
             self.events,
             config.platform,
         )
-        self.kernels = Kernels(config.service_socket, config.kernels_per_user)
+        self.kernels = Kernels(config.service_socket)
+        self.kernel_log = KernelLog(self.charging, self.journal)
         self.metrics = Metrics(VERSION, config.platform)
         self.login_slots = asyncio.Semaphore(LOGINS_AT_ONCE)
         # Threads of their own: whoever floods a slow device with questions keeps the rest of the guard its threads.
@@ -235,18 +237,8 @@ class Guard:
         """Start a kernel, and write down how it is kept apart; one that can't be written down is ended."""
         view = await self.kernels.start(caller, launch)
 
-        def work(session: Session) -> None:
-            self.journal.append(
-                session,
-                KernelStarted(
-                    kernel=view.kernel,
-                    user=self.journal.ref(session, "user", caller.user),
-                    sandbox=view.sandbox,
-                ),
-            )
-
         try:
-            await self.charging.write(work)
+            await self.kernel_log.started(caller, view.kernel, view.sandbox)
         except BaseException:
             await self.kernels.signal(caller, view.kernel, "end")
             raise

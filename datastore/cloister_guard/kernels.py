@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from pathlib import Path
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from cloister_data.base import Wire
-from cloister_data.errors import NotFoundError, TooManyRequestsError, UnavailableError, from_problem
+from cloister_data.errors import NotFoundError, UnavailableError, from_problem
 from cloister_data.framing import MAX_CHANNEL_FRAME, MAX_JSON_FRAME, frame_length, pack_frame
 from cloister_data.kernels import (
     KernelAnswer,
     KernelAttach,
+    KernelFigures,
     KernelLaunch,
     KernelList,
+    KernelMeet,
     KernelQuery,
     KernelSignal,
     KernelStart,
@@ -24,8 +27,6 @@ from cloister_data.kernels import (
 from cloister_guard.identity import Caller
 
 ORDER_SECONDS = 60.0
-ABANDONED_SECONDS = 600
-"""A laptop that was away for so long may have lost its kernel for good: at the limit, the kernel makes room."""
 SUBPROTOCOL = "cloister.kernel.v1"
 
 
@@ -37,12 +38,33 @@ async def read_frame(reader: asyncio.StreamReader, limit: int) -> bytes:
 class Kernels:
     """Kernels of users: each request is checked for whose kernel it is before the service hears of it."""
 
-    def __init__(self, service_socket: Path, per_user: int) -> None:
+    def __init__(self, service_socket: Path) -> None:
         self._socket = service_socket
-        self._per_user = per_user
-        self._starting: dict[str, int] = {}
+        self._name = secrets.token_hex(16)
+        self._service = ""
         self.registered = 0
         """So many kernels have a socket to this guard."""
+        self.figures: KernelFigures | None = None
+        """What the kernel service said when it was met last; None while it doesn't answer."""
+        self.services = 0
+        """How often a kernel service was met that had not been before: each start of it is one."""
+
+    async def meet(self) -> KernelFigures:
+        """Tell the kernel service that this guard is there; it registers the kernels that this guard doesn't know.
+
+        Raises UnavailableError, or what the service answered.
+        """
+        try:
+            self.figures = (await self._order(KernelMeet(guard=self._name))).figures
+        except BaseException:
+            self.figures = None
+            raise
+        if self.figures is None:
+            raise UnavailableError("The kernel service gave an answer that can't be used.")
+        if self.figures.service != self._service:
+            self._service = self.figures.service
+            self.services += 1
+        return self.figures
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         try:
@@ -74,25 +96,8 @@ class Kernels:
         return answer
 
     async def start(self, caller: Caller, launch: KernelLaunch) -> KernelView:
-        alive = [kernel for kernel in (await self.list(caller)).kernels if kernel.state != "dead"]
-        starting = self._starting.get(caller.user, 0)
-        if len(alive) + starting >= self._per_user:
-            forgotten = max(alive, key=lambda kernel: kernel.idle, default=None)
-            if forgotten is not None and forgotten.idle >= ABANDONED_SECONDS:
-                await self._order(KernelSignal(op="end", kernel=forgotten.kernel))
-                alive.remove(forgotten)
-        starting = self._starting.get(caller.user, 0)
-        if len(alive) + starting >= self._per_user:
-            raise TooManyRequestsError(
-                f"You have {len(alive) + starting} kernels already.",
-                why=f"The limit is {self._per_user}.",
-                next_step="Shut one down in JupyterLab. One whose JupyterLab is gone makes room after ten minutes.",
-            )
-        self._starting[caller.user] = starting + 1
-        try:
-            return _view(await self._order(KernelStart(user=caller.user, launch=launch)))
-        finally:
-            self._starting[caller.user] -= 1
+        """Raises TooManyRequestsError where the service has as many kernels as it may."""
+        return _view(await self._order(KernelStart(user=caller.user, launch=launch)))
 
     async def list(self, caller: Caller) -> KernelList:
         answer = await self._order(KernelQuery(user=caller.user))

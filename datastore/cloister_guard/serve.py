@@ -19,6 +19,7 @@ import structlog
 
 from cloister_attest.collect import simulated_hardware
 from cloister_data.errors import ConfigurationError
+from cloister_guard.companion import stay_met, supervise
 from cloister_guard.config import GuardConfig
 from cloister_guard.control import ControlServer
 from cloister_guard.guard import Guard
@@ -26,16 +27,17 @@ from cloister_guard.http.servers import KernelSockets, laptop_server, listen_tcp
 
 logger = structlog.get_logger()
 
-COMPANION_RESTART_SECONDS = 1.0
-COMPANION_STOP_SECONDS = 5.0
 
+def run(config: GuardConfig, companion: Sequence[str] | None, restore: Path | None = None) -> None:
+    """Serve until SIGINT or SIGTERM.
 
-def run(config: GuardConfig, companion: Sequence[str], restore: Path | None = None) -> None:
-    """Serve until SIGINT or SIGTERM. `companion` is the command of the kernel service, which the guard supervises.
+    Args:
+        companion: the command of the kernel service, which the guard then starts, watches and ends; None where it is a
+            unit of its own, which goes on with its kernels when this guard ends.
+        restore: the directory of a copy of the audit log, where the database is an older backup.
 
-    `restore` is the directory of a copy of the audit log, where the database is an older backup.
-
-    Raises ConfigurationError or StorageError where it can't start. Leaves no process and no socket behind.
+    Raises ConfigurationError or StorageError where it can't start. A guard that is killed leaves the kernel service
+    running for the next one.
     """
     os.umask(0o077)
     _set_up_logging()
@@ -82,11 +84,15 @@ def _set_up_logging() -> None:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
-async def _serve(config: GuardConfig, companion: Sequence[str], listener: socket.socket, restore: Path | None) -> None:
+async def _serve(
+    config: GuardConfig, companion: Sequence[str] | None, listener: socket.socket, restore: Path | None
+) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(name, stop.set)
+    # SIGHUP: its terminal was closed, which must not leave the kernels behind, unless nohup says that it may.
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if name != signal.SIGHUP or signal.getsignal(name) is not signal.SIG_IGN:
+            loop.add_signal_handler(name, stop.set)
     guard = Guard(config)
     guard.recover(restore)
     sockets = KernelSockets(guard)
@@ -94,29 +100,36 @@ async def _serve(config: GuardConfig, companion: Sequence[str], listener: socket
     await control.start()
     server = laptop_server(guard, guard.evidence.identity)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    supervising = asyncio.create_task(_supervise(companion, stop))
+    supervising = asyncio.create_task(
+        stop.wait() if companion is None else supervise(companion, config.service_socket, stop)
+    )
+    meeting = asyncio.create_task(stay_met(guard.kernels, sockets))
     watching = asyncio.create_task(guard.watch())
     ready = config.state_dir / "ready.json"
     try:
         _say_ready(config, ready, listener.getsockname()[1])
         waiting = asyncio.create_task(stop.wait())
-        await asyncio.wait({waiting, serving, supervising, watching}, return_when=asyncio.FIRST_COMPLETED)
+        parts = {waiting, serving, supervising, meeting, watching}
+        await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
-        if watching.done():
-            watching.result()  # It ends by a fault alone: a guard that doesn't watch its leases must not go on.
+        for forever in (meeting, watching):
+            if forever.done():
+                forever.result()  # It ends by a fault alone: a guard that doesn't watch its leases must not go on.
     finally:
         logger.info("stopping")
         ready.unlink(missing_ok=True)
         stop.set()
+        meeting.cancel()
         watching.cancel()
         await guard.stop()
         await supervising
-        await sockets.close_all()
+        await sockets.close_all(remove=companion is not None)
         server.should_exit = True
         await serving
         await control.stop()
         guard.database.close()
-        shutil.rmtree(config.runtime_dir / "g", ignore_errors=True)
+        if companion is not None:
+            shutil.rmtree(config.runtime_dir / "g", ignore_errors=True)
 
 
 def _say_ready(config: GuardConfig, path: Path, port: int) -> None:
@@ -129,26 +142,3 @@ def _say_ready(config: GuardConfig, path: Path, port: int) -> None:
     temporary.write_text(json.dumps({"url": f"https://{host}:{port}", "trust": str(trust), "pid": os.getpid()}))
     temporary.replace(path)
     logger.info("ready", url=f"https://{host}:{port}", platform=config.platform)
-
-
-async def _supervise(command: Sequence[str], stop: asyncio.Event) -> None:
-    """Keep the kernel service running until `stop`; end it then, and wait for it."""
-    while not stop.is_set():
-        process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL)
-        ended = asyncio.create_task(process.wait())
-        stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait({ended, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        if not ended.done():
-            process.terminate()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(COMPANION_STOP_SECONDS):
-                    await asyncio.shield(ended)
-        if not ended.done():
-            process.kill()
-        code = await ended
-        if not stop.is_set():
-            logger.error("the kernel service ended", code=code)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(COMPANION_RESTART_SECONDS):
-                    await stop.wait()

@@ -13,7 +13,7 @@ from cloister_cli.connect import connect
 from cloister_cli.demo import demo
 from cloister_cli.lab import lab
 from cloister_cli.output import REFUSED, print_error
-from cloister_cli.serve import serve
+from cloister_cli.serve import kernels, serve
 from cloister_data.errors import CloisterError
 
 app = typer.Typer(
@@ -55,6 +55,7 @@ app.add_typer(user.app, name="user", rich_help_panel=OPERATORS)
 app.add_typer(attest.app, name="attest", rich_help_panel=OPERATORS)
 app.add_typer(audit.app, name="audit", rich_help_panel=OPERATORS)
 app.command(rich_help_panel=OPERATORS)(serve)
+app.command(rich_help_panel=OPERATORS)(kernels)
 
 
 def main() -> None:

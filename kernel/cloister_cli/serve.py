@@ -1,15 +1,19 @@
-"""`cloister serve`: the guard and its kernel service, from one configuration file."""
+"""`cloister serve` and `cloister kernels`: the guard and its kernel service, from one configuration file."""
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cloister_data.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from cloister_guard.config import GuardConfig
+
+SERVICE = "cloister_kernel.service"
 
 
 def serve(
@@ -25,9 +29,19 @@ def serve(
             metavar="DIRECTORY",
         ),
     ] = None,
+    kernels_apart: Annotated[
+        bool,
+        typer.Option(
+            "--kernels-apart",
+            help="Neither start nor end the kernel service: `cloister kernels` runs it, and it outlives this command.",
+        ),
+    ] = False,
     check: Annotated[bool, typer.Option("--check", help="Only check the configuration, then stop.")] = False,
 ) -> None:
-    """Run a cloister: the guard over HTTPS, and the kernels beside it. Ctrl-C stops both."""
+    """Run a cloister: the guard over HTTPS, and the kernels beside it. Ctrl-C stops both.
+
+    A guard that is killed leaves its kernels running: start it again within 15 minutes, and it takes them over.
+    """
     try:
         from cloister_guard.config import load_config
         from cloister_guard.serve import run
@@ -42,24 +56,29 @@ def serve(
     if check:
         typer.echo(f"{config}: good. It would listen on {loaded.listen} as {loaded.name} ({loaded.platform}).")
         return
-    run(
-        loaded,
-        [
-            sys.executable,
-            "-P",
-            "-m",
-            "cloister_kernel.service",
-            "--socket",
-            os.fspath(loaded.service_socket),
-            "--control",
-            os.fspath(loaded.control_socket),
-            "--homes",
-            os.fspath(loaded.homes),
-            "--runtime",
-            os.fspath(loaded.runtime_dir),
-            "--hide",
-            os.fspath(loaded.state_dir),
-            "--die-with-parent",
-        ],
-        restore,
-    )
+    run(loaded, None if kernels_apart else [sys.executable, "-P", "-m", SERVICE, *service_options(loaded)], restore)
+
+
+def kernels(
+    config: Annotated[Path, typer.Option("--config", help="The cloister's configuration, as `cloister serve` has it.")],
+) -> None:
+    """Run the kernel service by itself, for `cloister serve --kernels-apart`. Ctrl-C ends its kernels."""
+    from cloister_guard.config import load_config
+    from cloister_kernel.service import main
+
+    raise typer.Exit(main(service_options(load_config(config))))
+
+
+def service_options(config: GuardConfig) -> list[str]:
+    """The kernel service's command line. Nothing secret: every user of the machine may see it."""
+    options: dict[str, object] = {
+        "socket": config.service_socket,
+        "control": config.control_socket,
+        "homes": config.homes,
+        "runtime": config.runtime_dir,
+        "hide": config.state_dir,
+        "per-user": config.kernels_per_user,
+        "total": config.kernels_total,
+        "idle": config.kernel_idle_seconds,
+    }
+    return [f"--{name}={value}" for name, value in options.items()]

@@ -33,8 +33,9 @@ from cloister_data.errors import (
     UnreachableError,
 )
 from cloister_data.framing import Channel, ChannelFrame, FrameKind
+from cloister_kernel.endings import read_exit
 from cloister_kernel.link import LINK_ID_BYTES, Link
-from cloister_kernel.notices import Notices
+from cloister_kernel.notices import Notices, shuts_down
 from cloister_kernel.pump import carry
 from cloister_kernel.signing import DELIMITER, with_signature, without_signature
 
@@ -43,6 +44,7 @@ LAST_RETRY_SECONDS = 5.0
 HELLO_SECONDS = 20.0
 WAITING = "The kernel runs on there; what you run here stays here until the machine is proven again."
 PROVEN = "Cloister: the machine is proven again; the kernel goes on."
+ENDED = "Cloister: the kernel has ended, and its variables are gone."
 LOST_KERNEL = 70
 """The exit code of a kernel that the cloister doesn't know (any more)."""
 
@@ -102,12 +104,14 @@ class Bridge:
     Attributes:
         exit_code: None while the kernel lives, as far as the bridge knows; it stays None during an outage.
         connected: whether the remote end is reached at the moment.
+        asked_to_end: whether the user, or their Jupyter, wants the kernel to end: then the notebook isn't told why.
         doubt: why the machine doesn't count as proven, for people; None while it does. The notebook is told.
     """
 
     def __init__(self, address: LocalAddress, connect: Connect, log: logging.Logger | None = None) -> None:
         self.exit_code: int | None = None
         self.connected = False
+        self.asked_to_end = False
         self.trouble: Exception | None = None
         self.doubt: str | None = None
         self._address, self._connect = address, connect
@@ -233,6 +237,7 @@ class Bridge:
                 self._log.error("A message too large for the kernel's channel was dropped.")
                 continue
             link.post(channel, message)
+            self.asked_to_end |= channel is not Channel.STDIN and shuts_down(message)
             if channel is Channel.SHELL and self._notices.asked(message) and self.doubt is not None:
                 await self._tell(self._notices.to_last(self.doubt))
 
@@ -246,9 +251,10 @@ class Bridge:
     async def _deliver(self, frame: ChannelFrame) -> None:
         if frame.kind is FrameKind.EXIT:
             try:
-                self.set_exit_code(int(frame.parts[0]))
-            except (ValueError, IndexError):
-                self.set_exit_code(LOST_KERNEL)
+                code, reason = read_exit(frame.parts)
+            except ValueError:
+                code, reason = LOST_KERNEL, ""
+            await self._end(code, reason)
             return
         if frame.channel is Channel.SHELL:
             self._notices.answered(frame.parts)
@@ -261,6 +267,13 @@ class Bridge:
             message = with_signature(parts, self._address.key)
             if message is not None:
                 await self._sockets[Channel.IOPUB].send_multipart(message)
+
+    async def _end(self, code: int, reason: str) -> None:
+        """The kernel is gone: the notebook hears why before Jupyter sees that it is dead."""
+        if self.exit_code is None and not self.asked_to_end:
+            self._log.error("%s %s", ENDED, reason)
+            await self._tell(self._notices.to_one(f"{ENDED} {reason}".rstrip()))
+        self.set_exit_code(code)
 
     async def _note_doubt(self, error: Exception) -> None:
         """Tell the notebook and the log where it isn't the network that is in the way, but the machine's proof."""
@@ -287,8 +300,7 @@ class Bridge:
                 self.trouble = None
             except NotFoundError as error:
                 self._fail_first(error)
-                self._log.error("%s", error)
-                self.set_exit_code(LOST_KERNEL)
+                await self._end(LOST_KERNEL, str(error.why or error))
             except Exception as error:
                 if self.connected:
                     pause = FIRST_RETRY_SECONDS

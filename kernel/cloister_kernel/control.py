@@ -21,9 +21,13 @@ class ControlClient:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    async def register(self, kernel: str, uid: int, user: str, sandbox: Sandbox) -> str:
+    async def register(
+        self, kernel: str, uid: int, user: str, sandbox: Sandbox, *, service: str, again: bool = False
+    ) -> str:
         """The absolute path of the kernel's guard socket. Raises UnavailableError, or what the guard answered."""
-        answer = await self._ask(RegisterKernel(kernel=kernel, uid=uid, user=user, sandbox=sandbox))
+        answer = await self._ask(
+            RegisterKernel(kernel=kernel, uid=uid, user=user, sandbox=sandbox, service=service, again=again)
+        )
         if not answer.socket.startswith("/"):
             raise UnavailableError("The guard registered the kernel without a socket.")
         return answer.socket

@@ -1,4 +1,4 @@
-"""What the bridge itself has to say in a notebook, while the kernel can't: as output of the cells that wait for it."""
+"""What others than the kernel have to say in a notebook, as output of its cells: the bridge, while the kernel can't."""
 
 from __future__ import annotations
 
@@ -13,14 +13,29 @@ MAX_WAITING = 64
 MAX_HEADER = 1 << 16
 
 
-class Notices:
-    """Knows which of the notebook's cells wait for the kernel, and makes messages that appear below them.
+def stream(parent: bytes, text: str, session: str) -> tuple[bytes, ...]:
+    """A message that puts a line of text below the cell whose request has the header `parent`; `{}` is nobody's cell.
 
-    Messages are the ZeroMQ parts of Jupyter's protocol (version 5) with an empty signature.
+    It is the ZeroMQ parts of Jupyter's protocol (version 5) with an empty signature.
     """
+    header = {
+        "msg_id": secrets.token_hex(16),
+        "msg_type": "stream",
+        "session": session,
+        "username": "cloister",
+        "date": datetime.now(UTC).isoformat(),
+        "version": "5.3",
+    }
+    content = {"name": "stderr", "text": f"{text}\n"}
+    return (b"stream", DELIMITER, b"", json.dumps(header).encode(), parent, b"{}", json.dumps(content).encode())
+
+
+class Notices:
+    """Knows which of the notebook's cells wait for the kernel, and makes messages that appear below them."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, bytes] = {}
+        self._last = b"{}"
         self._session = secrets.token_hex(16)
 
     def asked(self, parts: tuple[bytes, ...]) -> bool:
@@ -29,8 +44,9 @@ class Notices:
         name = header.get("msg_id")
         if header.get("msg_type") != "execute_request" or not isinstance(name, str):
             return False
+        self._last = parts[parts.index(DELIMITER) + 2]
         if len(self._waiting) < MAX_WAITING:
-            self._waiting[name] = parts[parts.index(DELIMITER) + 2]
+            self._waiting[name] = self._last
         return True
 
     def answered(self, parts: tuple[bytes, ...]) -> None:
@@ -46,17 +62,17 @@ class Notices:
         """`text` for the cell that was asked last."""
         return [self._stream(parent, text) for parent in list(self._waiting.values())[-1:]]
 
+    def to_one(self, text: str) -> list[tuple[bytes, ...]]:
+        """`text` for the cell that runs or waits first; where none does, for the one that was asked last."""
+        return [self._stream(next(iter(self._waiting.values()), self._last), text)]
+
     def _stream(self, parent: bytes, text: str) -> tuple[bytes, ...]:
-        header = {
-            "msg_id": secrets.token_hex(16),
-            "msg_type": "stream",
-            "session": self._session,
-            "username": "cloister",
-            "date": datetime.now(UTC).isoformat(),
-            "version": "5.3",
-        }
-        content = {"name": "stderr", "text": f"{text}\n"}
-        return (b"stream", DELIMITER, b"", json.dumps(header).encode(), parent, b"{}", json.dumps(content).encode())
+        return stream(parent, text, self._session)
+
+
+def shuts_down(parts: tuple[bytes, ...]) -> bool:
+    """Whether a notebook's message asks the kernel to end, as Jupyter does before a restart too."""
+    return _header(parts, 2).get("msg_type") == "shutdown_request"
 
 
 def _header(parts: tuple[bytes, ...], place: int) -> dict[str, object]:

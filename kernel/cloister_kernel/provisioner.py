@@ -120,6 +120,7 @@ class CloisterProvisioner(KernelProvisionerBase):
     async def _end(self) -> None:
         if self._remote is None or self._bridge is None or self._bridge.exit_code is not None:
             return
+        self._bridge.asked_to_end = True
         code = KILLED
         try:
             view = await asyncio.to_thread(self._remote.end)

@@ -47,6 +47,7 @@ def serve(profile: str, connection_file: Path) -> int:
                     remote.interrupt()
     finally:
         if remote.view is not None and bridge.exit_code is None:
+            bridge.asked_to_end = True
             with contextlib.suppress(CloisterError):
                 remote.end()
         bridge.stop()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -15,7 +16,10 @@ import zmq
 import zmq.asyncio
 
 from cloister_data.framing import Channel, ChannelFrame, FrameKind
+from cloister_kernel.activity import Activity
+from cloister_kernel.endings import exit_parts
 from cloister_kernel.link import Link
+from cloister_kernel.notices import stream
 from cloister_kernel.overflow import Overflow
 from cloister_kernel.pump import Send, carry
 from cloister_kernel.signing import DELIMITER, with_signature, without_signature
@@ -30,11 +34,13 @@ class KernelRelay:
     def __init__(self, context: zmq.asyncio.Context, paths: Mapping[Channel, str], key: bytes) -> None:
         self.link = Link()
         self.attached = False
+        self.activity = Activity()
+        self._session = secrets.token_hex(16)
         self._key = key
         self._sockets: dict[Channel, zmq.asyncio.Socket] = {}
         self._connection: asyncio.Task[Any] | None = None
         self._overflow = Overflow()
-        self._exit_code: int | None = None
+        self._exit: tuple[bytes, ...] | None = None
         self._busy = 0  # counts what was read, for `finish`
         # One identity for shell, stdin and control, or the answer to input() finds no way back.
         identity = b"cloister"
@@ -60,12 +66,16 @@ class KernelRelay:
                 if parts.count(DELIMITER) == 1 and len(parts) > parts.index(DELIMITER) + 5:
                     self._overflow.drop(parts)  # too large for one frame
                 continue
+            if channel is Channel.IOPUB:
+                self.activity.told(message)
             for posted in self._overflow.admit(channel, message, self.link.full):
                 self.link.post(channel, posted)
 
     async def _deliver(self, frame: ChannelFrame) -> None:
         if frame.kind is not FrameKind.DATA or frame.channel is Channel.IOPUB:
             return
+        if frame.channel is Channel.SHELL:
+            self.activity.asked(frame.parts)
         message = with_signature(frame.parts, self._key)
         if message is not None:
             await self._sockets[frame.channel].send_multipart(message)
@@ -82,8 +92,8 @@ class KernelRelay:
             if hello is None:
                 return
             self.link.greeted_by_laptop(ChannelFrame.unpack(hello))
-            if self._exit_code is not None and self.link.last == 0:
-                self._post_exit(self._exit_code)  # another bridge has had it, this one hasn't
+            if self._exit is not None and self.link.last == 0:
+                self._post_exit(self._exit)  # another bridge has had it, this one hasn't
             await send(self.link.hello().pack())
             await carry(self.link, send, incoming, self._deliver)
         finally:
@@ -91,7 +101,11 @@ class KernelRelay:
                 self._connection = None
                 self.attached = False
 
-    async def finish(self, exit_code: int) -> None:
+    def say(self, text: str) -> None:
+        """A line of text for the notebook, below the cell that was run last."""
+        self.link.post(Channel.IOPUB, stream(self.activity.last_cell, text, self._session))
+
+    async def finish(self, exit_code: int, reason: str) -> None:
         """The process has ended: take what it had still sent, then EXIT."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_SECONDS):
@@ -104,11 +118,18 @@ class KernelRelay:
         await asyncio.gather(*self._readers, return_exceptions=True)
         for socket in self._sockets.values():
             socket.close()
-        self._exit_code = exit_code
-        self._post_exit(exit_code)
+        self._exit = exit_parts(exit_code, reason)
+        self._post_exit(self._exit)
 
-    def _post_exit(self, exit_code: int) -> None:
-        self.link.post(Channel.SHELL, (str(exit_code).encode(),), FrameKind.EXIT)
+    def _post_exit(self, parts: tuple[bytes, ...]) -> None:
+        self.link.post(Channel.SHELL, parts, FrameKind.EXIT)
+
+    async def flush(self, seconds: float) -> None:
+        """Give a laptop that is attached so long to take what waits for it."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.attached and not self.link.empty:  # noqa: ASYNC110 - acknowledgements tell nobody
+                    await asyncio.sleep(0.02)
 
     async def close(self) -> None:
         """Break the present connection, if any."""

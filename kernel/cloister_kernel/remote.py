@@ -221,7 +221,8 @@ class RemoteKernel:
 def _refusal(status: int) -> CloisterError:
     if status == 404:
         return NotFoundError(
-            "The kernel is gone.", why="The cloister or its kernel service has restarted, or it was idle for too long."
+            "The kernel is gone.",
+            why="The cloister's kernel service has restarted, or no laptop was there for too long.",
         )
     if status in (401, 403):
         return SessionExpiredError(

@@ -33,7 +33,10 @@ def test_a_kernel_that_only_connects_takes_a_bounded_part_of_the_guards_descript
         )
         caller: Any = SimpleNamespace(user="ann")
         sockets = KernelSockets(guard)
-        greedy, other = await sockets.open("a", os.geteuid(), caller), await sockets.open("b", os.geteuid(), caller)
+        greedy, other = (
+            await sockets.open("a", os.geteuid(), caller, "s"),
+            await sockets.open("b", os.geteuid(), caller, "s"),
+        )
         before = len(os.listdir("/proc/self/fd"))
         held = [await asyncio.open_unix_connection(greedy) for _ in range(KERNEL_CONNECTIONS + 100)]
         refused = held[KERNEL_CONNECTIONS:]
@@ -46,7 +49,7 @@ def test_a_kernel_that_only_connects_takes_a_bounded_part_of_the_guards_descript
             while len(os.listdir("/proc/self/fd")) > before + 1:  # noqa: ASYNC110 - other tasks close them
                 await asyncio.sleep(0.01)
         assert await answers(greedy)
-        await sockets.close_all()
+        await sockets.close_all(remove=True)
         await asyncio.sleep(0.05)
 
     with tempfile.TemporaryDirectory(prefix="clo-") as folder:

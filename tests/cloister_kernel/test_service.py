@@ -31,7 +31,7 @@ from cloister_data.kernels import (
 )
 from cloister_kernel import spawner
 from cloister_kernel.control import ControlClient
-from cloister_kernel.service import KernelService
+from cloister_kernel.kernels import KernelService
 from cloister_kernel.spawner import Spawner
 from tests.fakes.guard_control import FakeControl
 from tests.fakes.kernel_relay import KernelRelay, running_relay
@@ -130,7 +130,7 @@ def test_the_life_of_a_kernel(relay: KernelRelay) -> None:
             frame = ChannelFrame.unpack(receive(connection))
             while frame.kind is not FrameKind.EXIT:
                 frame = ChannelFrame.unpack(receive(connection))
-            assert frame.parts == (b"-9",)
+            assert frame.parts == (b"-9", b"It was ended as you asked.")
             ack = ChannelFrame(FrameKind.ACK, Channel.SHELL, 0, frame.sequence)
             connection.sendall(pack_frame(ack.pack()))
 

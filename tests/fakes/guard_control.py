@@ -37,7 +37,7 @@ class FakeControl:
             answer = ControlAnswer(problem=self.problem)
         elif isinstance(order, RegisterKernel):
             directory = self.sockets / order.kernel[:12]
-            directory.mkdir(mode=0o755, parents=True)
+            directory.mkdir(mode=0o755, parents=True, exist_ok=True)
             answer = ControlAnswer(socket=str(directory / "guard.sock"))
         else:
             answer = ControlAnswer()

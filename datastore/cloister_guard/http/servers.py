@@ -9,6 +9,7 @@ import os
 import socket
 import stat
 from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fastapi import FastAPI, Request
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from cloister_attest.channel import ServerIdentity
-from cloister_data.errors import ConfigurationError
+from cloister_data.errors import ConfigurationError, ConflictError, ForbiddenError
 from cloister_data.framing import MAX_CHANNEL_FRAME
 from cloister_guard.guard import VERSION, Guard
 from cloister_guard.http import audit, laptop, metrics, scientist
@@ -125,55 +126,99 @@ def laptop_server(guard: Guard, identity: ServerIdentity) -> uvicorn.Server:
     return _Server(_config(app, LAPTOP_CONNECTIONS, ssl_context_factory=lambda *_: identity.context_for_server))
 
 
+@dataclass
+class _Open:
+    """A kernel's listening socket: whose it is, and the run of the kernel service that said so."""
+
+    path: Path
+    uid: int
+    caller: Caller
+    service: str
+    server: uvicorn.Server
+    task: asyncio.Task[None]
+
+
 class KernelSockets:
     """One listening socket for each registered kernel; the socket is the identity."""
 
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
         self._app = metrics.Counted(kernel_app(guard), guard.metrics)
-        self._open: dict[str, tuple[uvicorn.Server, asyncio.Task[None], Path]] = {}
+        self._open: dict[str, _Open] = {}
+        self._one_at_a_time = asyncio.Lock()
 
-    async def open(self, kernel: str, uid: int, caller: Caller) -> Path:
-        """Make the kernel's socket, owned by `uid`, in a directory of its own that nobody else may enter."""
-        await self.close(kernel)
-        path = self._guard.config.kernel_socket(kernel)
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        path.unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(str(path))
-        path.chmod(stat.S_IRUSR | stat.S_IWUSR)
-        if os.geteuid() == 0:
-            os.chown(path, uid, uid)
-            # The kernel may enter the directory, and not write there: the socket can't be replaced.
-            os.chown(path.parent, 0, uid)
-            path.parent.chmod(0o710)
-        # Listening before its path is told: the kernel may connect before the server's task has run.
-        listener.listen(128)
-        listener.setblocking(False)
-        inner = self._app
+    async def open(self, kernel: str, uid: int, caller: Caller, service: str) -> Path:
+        """Make the kernel's socket, owned by `uid`, in a directory of its own that nobody else may enter.
 
-        async def app(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
-            scope["cloister.caller"] = caller
-            await inner(scope, receive, send)
+        A kernel may be registered twice by the service that runs it: then its socket is left as it is. The directory
+        may be there already: a kernel that an earlier guard knew looks into it. Raises ConflictError for a kernel that
+        is registered as another's.
+        """
+        async with self._one_at_a_time:
+            await self.keep(service)
+            found = self._open.get(kernel)
+            if found is not None:
+                if (found.uid, found.caller) != (uid, caller):
+                    raise ConflictError("This kernel is registered as another's.")
+                return found.path
+            path = self._guard.config.kernel_socket(kernel)
+            listener = _listen_for_kernel(path, uid)
+            inner = self._app
 
-        server = _Server(_config(app, KERNEL_CONNECTIONS))
-        task = asyncio.create_task(server.serve(sockets=[listener]), name=f"kernel socket {kernel}")
-        self._open[kernel] = (server, task, path)
-        self._guard.kernels.registered = len(self._open)
-        return path
+            async def app(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+                scope["cloister.caller"] = caller
+                await inner(scope, receive, send)
+
+            server = _Server(_config(app, KERNEL_CONNECTIONS))
+            task = asyncio.create_task(server.serve(sockets=[listener]), name=f"kernel socket {kernel}")
+            self._open[kernel] = _Open(path, uid, caller, service, server, task)
+            self._count()
+            return path
+
+    async def keep(self, service: str) -> None:
+        """Close the sockets of kernels of an earlier run of the kernel service: they died with it."""
+        await asyncio.gather(*(self.close(kernel) for kernel, of in list(self._open.items()) if of.service != service))
 
     async def close(self, kernel: str) -> None:
+        """The kernel has ended: its socket goes, with its directory."""
+        await self._close(kernel, remove=True)
+
+    async def _close(self, kernel: str, *, remove: bool) -> None:
         found = self._open.pop(kernel, None)
-        self._guard.kernels.registered = len(self._open)
+        self._count()
         if found is None:
             return
-        server, task, path = found
-        server.should_exit = True
+        found.server.should_exit = True
         with contextlib.suppress(Exception):
-            await task
-        path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            path.parent.rmdir()
+            await found.task
+        if remove:
+            found.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                found.path.parent.rmdir()
 
-    async def close_all(self) -> None:
-        await asyncio.gather(*(self.close(kernel) for kernel in list(self._open)))
+    async def close_all(self, *, remove: bool) -> None:
+        """`remove` where the kernels have ended; those that go on find the next guard's sockets in the same places."""
+        await asyncio.gather(*(self._close(kernel, remove=remove) for kernel in list(self._open)))
+
+    def _count(self) -> None:
+        self._guard.kernels.registered = len(self._open)
+
+
+def _listen_for_kernel(path: Path, uid: int) -> socket.socket:
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    found = path.parent.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise ForbiddenError("The place of a kernel's socket belongs to somebody else.")
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(path))
+    path.chmod(stat.S_IRUSR | stat.S_IWUSR)
+    if os.geteuid() == 0:
+        os.chown(path, uid, uid)
+        # The kernel may enter the directory, and not write there: the socket can't be replaced.
+        os.chown(path.parent, 0, uid)
+        path.parent.chmod(0o710)
+    # Listening before its path is told: the kernel may connect before the server's task has run.
+    listener.listen(128)
+    listener.setblocking(False)
+    return listener

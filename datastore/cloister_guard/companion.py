@@ -1,0 +1,118 @@
+"""The kernel service beside the guard: met every few seconds; started, watched and ended unless it is a unit apart."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+
+from cloister_data.errors import CloisterError
+from cloister_guard.http.servers import KernelSockets
+from cloister_guard.kernels import Kernels
+
+logger = structlog.get_logger()
+
+MEET_SECONDS = 5.0
+FIRST_MEET_SECONDS = 0.2
+RESTART_SECONDS = 1.0
+STOP_SECONDS = 15.0
+"""It ends its kernels, one beside the other, and lets their laptops know."""
+
+_UCRED = struct.Struct("3i")
+
+
+async def stay_met(kernels: Kernels, sockets: KernelSockets) -> None:
+    """Until it is cancelled: tell the kernel service that this guard is there, and close what an earlier one left."""
+    pause = FIRST_MEET_SECONDS
+    while True:
+        try:
+            figures = await kernels.meet()
+            await sockets.keep(figures.service)
+            pause = MEET_SECONDS
+        except CloisterError as error:
+            if pause != FIRST_MEET_SECONDS:
+                logger.error("the kernel service can't be met", why=error.code)
+            pause = FIRST_MEET_SECONDS
+        await asyncio.sleep(pause)
+
+
+class _Process(Protocol):
+    """A kernel service's process."""
+
+    async def wait(self) -> int | None: ...
+
+    def send_signal(self, number: int) -> None: ...
+
+
+class _Found:
+    """A kernel service that an earlier guard started. Held by a descriptor: its number could become another's."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._ended = asyncio.Event()
+        # A descriptor of a process is readable once it has ended (pidfd_open(2)).
+        asyncio.get_running_loop().add_reader(descriptor, self._on_end)
+
+    def _on_end(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._descriptor)
+        os.close(self._descriptor)
+        self._ended.set()
+
+    async def wait(self) -> int | None:
+        """None: only its parent could know the code."""
+        await self._ended.wait()
+        return None
+
+    def send_signal(self, number: int) -> None:
+        if not self._ended.is_set():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._descriptor, number)
+
+
+def _find(service_socket: Path) -> _Found | None:
+    """The kernel service that listens there, if one does: this user's or root's."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        try:
+            connection.connect(str(service_socket))
+            # Of the process that called listen(2): see unix(7), SO_PEERCRED.
+            pid, uid, _ = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+            if pid <= 0 or uid not in (0, os.geteuid()):
+                return None
+            return _Found(os.pidfd_open(pid))
+        except OSError:
+            return None
+
+
+async def supervise(command: Sequence[str], service_socket: Path, stop: asyncio.Event) -> None:
+    """Keep a kernel service running until `stop`, from one that runs already; end it then, and wait for it."""
+    while not stop.is_set():
+        process: _Process | None = _find(service_socket)
+        if process is None:
+            process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL)
+        else:
+            logger.info("a kernel service runs already; its kernels are taken over")
+        ended = asyncio.create_task(process.wait())
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({ended, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not ended.done():
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STOP_SECONDS):
+                    await asyncio.shield(ended)
+        if not ended.done():
+            process.send_signal(signal.SIGKILL)
+        code = await ended
+        if not stop.is_set():
+            logger.error("the kernel service ended", code=code)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RESTART_SECONDS):
+                    await stop.wait()
