@@ -22,10 +22,10 @@ $(STAMP): pyproject.toml $(CONSTRAINTS) requirements/install.py
 	@touch $@
 
 demo: $(STAMP) ## Run the whole thing: two hospitals, private training through a remote kernel
-	@$(BIN)/cloister demo --state "$(DEMO_STATE)"
+	@$(BIN)/cloister demo --state "$(DEMO_STATE)" $(if $(UNSAFE),--unsafe-no-sandbox)
 
 lab: $(STAMP) ## Open the demo in JupyterLab
-	@$(BIN)/cloister demo --lab --state "$(DEMO_STATE)"
+	@$(BIN)/cloister demo --lab --state "$(DEMO_STATE)" $(if $(UNSAFE),--unsafe-no-sandbox)
 
 test: check ## Everything: the checks, then the tests
 	$(BIN)/python -m pytest

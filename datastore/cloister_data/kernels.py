@@ -10,6 +10,9 @@ from cloister_data.base import Identifier, Text, UnixSeconds, UserName, Wire
 from cloister_data.errors import Problem
 from cloister_data.policy import Sandbox
 
+MISCONFIGURED = 78
+"""The exit status of a kernel service that can't start on this machine (EX_CONFIG of sysexits.h)."""
+
 KernelState = Literal["starting", "running", "dead"]
 
 EndingKind = Literal["asked", "exited", "signal", "memory", "idle", "lease", "room", "guard", "service"]

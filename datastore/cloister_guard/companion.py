@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Protocol
 
 import structlog
+from pydantic import ValidationError
 
-from cloister_data.errors import CloisterError
+from cloister_data.errors import CloisterError, ConfigurationError, Problem, from_problem
+from cloister_data.kernels import MISCONFIGURED
 from cloister_guard.http.servers import KernelSockets
 from cloister_guard.kernels import Kernels
 
@@ -23,6 +25,7 @@ logger = structlog.get_logger()
 MEET_SECONDS = 5.0
 FIRST_MEET_SECONDS = 0.2
 RESTART_SECONDS = 1.0
+ANSWER_PAUSE_SECONDS = 0.02
 STOP_SECONDS = 15.0
 """It ends its kernels, one beside the other, and lets their laptops know."""
 
@@ -91,8 +94,34 @@ def _find(service_socket: Path) -> _Found | None:
             return None
 
 
+async def answering(service_socket: Path, supervising: asyncio.Task[None]) -> None:
+    """Wait until a kernel service listens there. Raises ConfigurationError where this machine can't run one."""
+    while not supervising.done():
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            try:
+                connection.connect(str(service_socket))
+                return
+            except OSError:
+                await asyncio.sleep(ANSWER_PAUSE_SECONDS)
+    supervising.result()
+
+
+def _why(service_socket: Path) -> CloisterError:
+    """What a kernel service that can't start here left as its reason."""
+    path = service_socket.with_suffix(".problem")
+    try:
+        return from_problem(Problem.from_json(path.read_bytes()[: 1 << 16]))
+    except (OSError, ValidationError):
+        return ConfigurationError("The kernel service can't start on this machine.", next_step="Look into its log.")
+    finally:
+        path.unlink(missing_ok=True)
+
+
 async def supervise(command: Sequence[str], service_socket: Path, stop: asyncio.Event) -> None:
-    """Keep a kernel service running until `stop`, from one that runs already; end it then, and wait for it."""
+    """Keep a kernel service running until `stop`, from one that runs already; end it then, and wait for it.
+
+    Raises ConfigurationError where this machine can't run one: kernels can't be confined, for example.
+    """
     while not stop.is_set():
         process: _Process | None = _find(service_socket)
         if process is None:
@@ -111,6 +140,8 @@ async def supervise(command: Sequence[str], service_socket: Path, stop: asyncio.
         if not ended.done():
             process.send_signal(signal.SIGKILL)
         code = await ended
+        if code == MISCONFIGURED and not stop.is_set():
+            raise _why(service_socket)
         if not stop.is_set():
             logger.error("the kernel service ended", code=code)
             with contextlib.suppress(TimeoutError):

@@ -42,7 +42,7 @@ class GuardConfig(Wire):
         listen: `address:port` for HTTPS; port 0 takes a free one.
         state_dir: where the database and the encrypted datasets live; made with mode 0700.
         runtime_dir: where the unix sockets live: a short path that the kernels' users can traverse, outside state_dir.
-        homes_dir: where the kernels' home directories live; by default `runtime_dir/homes`.
+        homes_dir: where the users' homes are kept, encrypted; by default `state_dir/homes`.
         platform: the hardware that proves this machine.
         trust: on real hardware, the trust file that says what a machine that wrote this audit log must have proven, at
             every start: this one, and all earlier ones.
@@ -56,6 +56,10 @@ class GuardConfig(Wire):
         kernels_per_user, kernels_total: how many kernels one user, and all together, may have at the same time.
         kernel_idle_seconds: a kernel is ended, after a warning in its notebook, when no cell has run in it, and nothing
             was asked of it, for so long.
+        kernel_memory_mb, kernel_processes, kernel_cpus: what one kernel may use: MiB of memory (with its /tmp and what
+            it writes to its home), processes and threads, CPUs (by default all of them).
+        home_mb: the quota of a user's home in MiB. It is memory while a kernel of that user runs.
+        kernel_pool: how many kernels wait, started and with the usual imports done, for whoever asks next.
         lease_seconds: an owner's data are locked, and jobs on them end, when the owner's witness is silent for so long.
     """
 
@@ -77,6 +81,11 @@ class GuardConfig(Wire):
     kernels_per_user: int = Field(default=8, ge=1, le=100)
     kernels_total: int = Field(default=64, ge=1, le=10_000)
     kernel_idle_seconds: float = Field(default=86_400.0, ge=60, le=2_592_000)
+    kernel_memory_mb: int = Field(default=4096, ge=256, le=1 << 22)
+    kernel_processes: int = Field(default=1024, ge=64, le=32_768)
+    kernel_cpus: float | None = Field(default=None, ge=0.1, le=4096)
+    home_mb: int = Field(default=1024, ge=16, le=1 << 20)
+    kernel_pool: int = Field(default=0, ge=0, le=64)
     lease_seconds: float = Field(default=30.0, ge=2, le=3600)
 
     @model_validator(mode="after")
@@ -86,9 +95,9 @@ class GuardConfig(Wire):
         named = (self.trust, self.collateral_dir, self.reference_values)
         if not all(path.is_absolute() for path in named if path is not None):
             raise ValueError("trust, collateral_dir and reference_values must be absolute paths")
-        # Kernels reach their sockets and homes; they must never reach what lies in the state directory.
-        if any(path.is_relative_to(self.state_dir) for path in (self.runtime_dir, self.homes)):
-            raise ValueError("runtime_dir and homes_dir must lie outside state_dir")
+        # Kernels reach their sockets; they must never reach what lies in the state directory.
+        if self.runtime_dir.is_relative_to(self.state_dir):
+            raise ValueError("runtime_dir must lie outside state_dir")
         return self
 
     @model_validator(mode="after")
@@ -147,7 +156,7 @@ class GuardConfig(Wire):
 
     @property
     def homes(self) -> Path:
-        return self.homes_dir or self.runtime_dir / "homes"
+        return self.homes_dir or self.state_dir / "homes"
 
     @property
     def control_socket(self) -> Path:
@@ -184,7 +193,7 @@ class GuardConfig(Wire):
                 (self.state_dir / "models", 0o700),
                 (self.runtime_dir, 0o711),
                 (self.runtime_dir / "g", 0o711),
-                (self.homes, 0o711),
+                (self.homes, 0o700),
             ):
                 path.mkdir(parents=True, exist_ok=True)
                 path.chmod(mode)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError, deserialize
 
+from cloister_data.crypt import write_durably
 from cloister_data.errors import InvalidRequestError, NotFoundError, StorageError, TooLargeError
 from cloister_data.framing import unpack_body
 from cloister_data.graph import ModelGraph
 from cloister_data.training import MAX_MODEL_BYTES, ModelView
-from cloister_data.crypt import write_durably
 
 QUOTA_BYTES = 2 * MAX_MODEL_BYTES
 

@@ -19,7 +19,7 @@ import structlog
 
 from cloister_attest.collect import simulated_hardware
 from cloister_data.errors import ConfigurationError
-from cloister_guard.companion import stay_met, supervise
+from cloister_guard.companion import answering, stay_met, supervise
 from cloister_guard.config import GuardConfig
 from cloister_guard.control import ControlServer
 from cloister_guard.guard import Guard
@@ -93,20 +93,28 @@ async def _serve(
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if name != signal.SIGHUP or signal.getsignal(name) is not signal.SIG_IGN:
             loop.add_signal_handler(name, stop.set)
-    guard = Guard(config)
-    guard.recover(restore)
+    supervising = asyncio.create_task(
+        stop.wait() if companion is None else supervise(companion, config.service_socket, stop)
+    )
+    await asyncio.sleep(0)  # it starts beside the guard
+    try:
+        guard = Guard(config)
+        guard.recover(restore)
+    except BaseException:
+        stop.set()
+        await asyncio.gather(supervising, return_exceptions=True)
+        raise
     sockets = KernelSockets(guard)
     control = ControlServer(guard, sockets)
     await control.start()
     server = laptop_server(guard, guard.evidence.identity)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    supervising = asyncio.create_task(
-        stop.wait() if companion is None else supervise(companion, config.service_socket, stop)
-    )
     meeting = asyncio.create_task(stay_met(guard.kernels, sockets))
     watching = asyncio.create_task(guard.watch())
     ready = config.state_dir / "ready.json"
     try:
+        if companion is not None:
+            await answering(config.service_socket, supervising)
         _say_ready(config, ready, listener.getsockname()[1])
         waiting = asyncio.create_task(stop.wait())
         parts = {waiting, serving, supervising, meeting, watching}
@@ -122,7 +130,7 @@ async def _serve(
         meeting.cancel()
         watching.cancel()
         await guard.stop()
-        await supervising
+        (ended,) = await asyncio.gather(supervising, return_exceptions=True)
         await sockets.close_all(remove=companion is not None)
         server.should_exit = True
         await serving
@@ -130,6 +138,8 @@ async def _serve(
         guard.database.close()
         if companion is not None:
             shutil.rmtree(config.runtime_dir / "g", ignore_errors=True)
+    if isinstance(ended, BaseException):
+        raise ended
 
 
 def _say_ready(config: GuardConfig, path: Path, port: int) -> None:

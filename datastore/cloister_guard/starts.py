@@ -21,8 +21,8 @@ from cloister_attest.result import AttestationResult
 from cloister_budget.entries import COARSE_SECONDS
 from cloister_budget.replay import Start
 from cloister_budget.tables import EvidenceRow
-from cloister_data.errors import ConfigurationError, StorageError
 from cloister_data.crypt import write_durably
+from cloister_data.errors import ConfigurationError, StorageError
 
 
 class Vouching:

@@ -51,14 +51,14 @@ def stopped_at_end(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Pope
 
 
 @contextlib.contextmanager
-def serving(config: Path, state_dir: Path, log: Path) -> Iterator[Served]:
-    """`cloister serve --config CONFIG` as a child, from when it is ready until the end of the block.
+def serving(config: Path, state_dir: Path, log: Path, *options: str) -> Iterator[Served]:
+    """`cloister serve --config CONFIG OPTIONS` as a child, from when it is ready until the end of the block.
 
     Raises ConfigurationError with what the child said where it doesn't come up.
     """
     ready = state_dir / "ready.json"
     ready.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "cloister_cli.main", "serve", "--config", os.fspath(config)]
+    command = [sys.executable, "-m", "cloister_cli.main", "serve", "--config", os.fspath(config), *options]
     with log.open("wb") as output:
         # Its own session: Ctrl-C reaches this process alone, which then ends the child in order.
         process = subprocess.Popen(

@@ -28,6 +28,7 @@ from cloister_cli.output import print_json, say
 from cloister_cli.user import new_user
 from cloister_data.errors import ConfigurationError, StorageError
 from cloister_data.identity import UserView
+from cloister_data.policy import Sandbox
 from cloister_data.schema import Schema
 
 PROFILE = "demo"
@@ -41,6 +42,14 @@ class Place:
     """Where the demo keeps its things."""
 
     root: Path
+    unsafe_no_sandbox: bool = False
+
+    @property
+    def sandbox(self) -> Sandbox:
+        """How the kernels are kept apart here."""
+        if self.unsafe_no_sandbox:
+            return "user" if os.geteuid() == 0 else "none"
+        return "confined"
 
     @property
     def config(self) -> Path:
@@ -81,6 +90,12 @@ def demo(
     ] = False,
     state: Annotated[Path, typer.Option("--state", help="Where everything is kept.", file_okay=False)] = Path(".demo"),
     port: Annotated[int, typer.Option("--port", help="Of the cloister; 0 takes a free one.", min=0, max=65535)] = 0,
+    unsafe_no_sandbox: Annotated[
+        bool,
+        typer.Option(
+            "--unsafe-no-sandbox", help="Don't confine the kernels, where a sandbox can't be had on this computer."
+        ),
+    ] = False,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="With --lab: open a browser.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON document.")] = False,
 ) -> None:
@@ -88,7 +103,7 @@ def demo(
 
     Everything is made anew below ./.demo; nothing outside it is changed, and no process stays behind.
     """
-    place = Place(state.absolute())
+    place = Place(state.absolute(), unsafe_no_sandbox)
     _need_guard()
     with terminated_like_interrupted(), _storage_errors(place.root):
         try:
@@ -172,7 +187,8 @@ def _served(place: Place, port: int) -> Iterator[Served]:
     runtime = Path(tempfile.mkdtemp(prefix="cloister-"))
     try:
         _write_config(place, port, runtime)
-        with serving(place.config, place.state, place.log) as served:
+        options = ["--unsafe-no-sandbox"] if place.unsafe_no_sandbox else []
+        with serving(place.config, place.state, place.log, *options) as served:
             yield served
     finally:
         shutil.rmtree(runtime, ignore_errors=True)
@@ -187,6 +203,7 @@ def _write_config(place: Place, port: int, runtime: Path) -> None:
         f"state_dir = {json.dumps(os.fspath(place.state))}",
         f"runtime_dir = {json.dumps(os.fspath(runtime))}",
         'platform = "simulated"',
+        "kernel_pool = 1",
         "",
         "[bootstrap]",
         f'admin = "{ADMIN}"',
@@ -209,7 +226,7 @@ def _upload(place: Place, served: Served, owner: str, content: str) -> None:
     (declared / "schema.toml").write_text(demo_data.schema_toml(), "utf-8")
     policy = declared / "policy.toml"
     # Kernels get users of their own only where the cloister was started by root.
-    policy.write_text(demo_data.policy_toml("user" if os.geteuid() == 0 else "none"), "utf-8")
+    policy.write_text(demo_data.policy_toml(place.sandbox), "utf-8")
     schema: Schema = demo_data.schema()
     name = f"{owner}/{demo_data.DATASET}"
     with open_session(_connect(place, served, owner, owner)) as session:

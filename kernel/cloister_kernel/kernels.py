@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import secrets
-import signal
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -31,6 +29,7 @@ from cloister_kernel.endings import Periods, ending
 from cloister_kernel.idling import IdleRule
 from cloister_kernel.journal import log
 from cloister_kernel.limits import ABANDONED_SECONDS, Limits
+from cloister_kernel.pool import Pool
 from cloister_kernel.relay import KernelRelay
 from cloister_kernel.spawner import Spawner, Started
 from cloister_kernel.usage import Memory, ProcessMemory
@@ -43,6 +42,8 @@ LEASE_SECONDS = 12 * 3600.0
 IDLE_SECONDS = 24 * 3600.0
 GUARD_AWAY_SECONDS = 900.0
 """How long kernels live while no guard is there."""
+SAVE_SECONDS = 120.0
+"""How often the homes are looked at for what has changed."""
 LOOK_SECONDS = 5.0
 """The longest time between two looks at idle, left and forgotten kernels."""
 FLUSH_SECONDS = 1.0
@@ -56,6 +57,8 @@ class Rules:
     idle: IdleRule = field(default_factory=lambda: IdleRule(IDLE_SECONDS))
     lease: float = LEASE_SECONDS
     guard_away: float = GUARD_AWAY_SECONDS
+    warm: int = 0
+    """How many kernels wait for a user."""
 
     @property
     def periods(self) -> Periods:
@@ -112,6 +115,8 @@ class KernelService:
         self.abandoned = asyncio.Event()
         self._spawner, self._control = spawner, control
         self._rules = rules or Rules()
+        self._pool = Pool(spawner, self._rules.warm, log)
+        self._saved_at = time.monotonic()
         self._memory: Memory = memory or ProcessMemory()
         self._kernels: dict[str, Kernel] = {}
         self._starting: Counter[str] = Counter()  # by user
@@ -147,21 +152,22 @@ class KernelService:
         return max(left, key=lambda kernel: kernel.away, default=None)
 
     async def _start(self, order: KernelStart) -> KernelView:
-        identifier, uid = secrets.token_hex(16), self._spawner.take_uid()
+        prepared = await self._pool.take()
+        identifier, uid = prepared.kernel, prepared.uid
         guard = self._guard
         try:
-            # The guard knows whose kernel it is before the first line of its code can run.
+            # The guard knows whose kernel it is before the first line of its user's code can run.
             guard_socket = await self._control.register(
                 identifier, uid, order.user, self._spawner.sandbox, service=self.name
             )
-            try:
-                started = await self._spawner.start(identifier, uid, order.user, guard_socket, order.launch)
-            except BaseException:
-                with contextlib.suppress(CloisterError):
-                    await self._control.end(identifier)
-                raise
         except BaseException:
-            self._spawner.give_uid_back(uid)
+            await self._spawner.discard(prepared)
+            raise
+        try:
+            started = await self._spawner.assign(prepared, order.user, guard_socket, order.launch)
+        except BaseException:
+            with contextlib.suppress(CloisterError):
+                await self._control.end(identifier)
             raise
         relay = KernelRelay(self._context, started.paths, started.key)
         kernel = Kernel(order.user, started, relay, int(time.time()), guard, asyncio.Event(), seen_at=time.monotonic())
@@ -174,7 +180,7 @@ class KernelService:
     async def _watch(self, kernel: Kernel) -> None:
         """Wait for the process, then bury it: what it left is killed and deleted, and the guard is told."""
         identifier = kernel.started.kernel
-        code = await kernel.started.process.wait()
+        code = self._spawner.exit_code(await kernel.started.process.wait())
         memory = await asyncio.to_thread(self._memory.exceeded, kernel.started)
         why = ending(code, kernel.cause, self._rules.periods, memory)
         try:
@@ -213,10 +219,8 @@ class KernelService:
 
     async def signal(self, order: KernelSignal) -> KernelView:
         kernel = self.find(order.kernel)
-        if order.op == "interrupt" and kernel.started.process.returncode is None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                # Its whole session's first group, as a terminal's Ctrl-C does.
-                os.killpg(kernel.started.process.pid, signal.SIGINT)
+        if order.op == "interrupt":
+            self._spawner.interrupt(kernel.started)
         elif order.op == "end":
             await self.end(kernel, "asked")
         return kernel.view()
@@ -243,7 +247,7 @@ class KernelService:
             service=self.name,
             running=len(alive),
             starting=self._starting.total(),
-            warm=0,
+            warm=self._pool.warm,
             memory_bytes=await asyncio.to_thread(self._memory.used, [kernel.started for kernel in alive]),
             started=self._started,
             ended=dict(self._ended),
@@ -268,7 +272,8 @@ class KernelService:
             log("kernel registered again", kernel=started.kernel)
 
     async def housekeeping(self) -> None:
-        """Forget the ended, warn and end the idle, end those that were left."""
+        """Forget the ended, warn and end the idle, end those that were left; keep kernels warm, and homes saved."""
+        self._pool.open()
         while not self.abandoned.is_set():
             await asyncio.sleep(self._rules.look)
             now = time.monotonic()
@@ -280,6 +285,9 @@ class KernelService:
                     await self._look_after(kernel, now)
                 elif now - kernel.ended_at > REMEMBER_SECONDS:
                     await self._forget(kernel)
+            if now - self._saved_at > SAVE_SECONDS:
+                await self._spawner.save()
+                self._saved_at = time.monotonic()
 
     async def _look_after(self, kernel: Kernel, now: float) -> None:
         if kernel.relay.attached:
@@ -298,10 +306,12 @@ class KernelService:
 
     async def close(self) -> None:
         """End every kernel, and let the laptops that are there know."""
+        await self._pool.close()
         kernels = list(self._kernels.values())
         await asyncio.gather(*(self.end(kernel, "service") for kernel in kernels), return_exceptions=True)
         await asyncio.gather(*(kernel.relay.flush(FLUSH_SECONDS) for kernel in kernels), return_exceptions=True)
         await asyncio.gather(*(kernel.relay.close() for kernel in kernels), return_exceptions=True)
+        await self._spawner.close()
         self._context.destroy(linger=0)
 
 

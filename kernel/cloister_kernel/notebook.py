@@ -13,7 +13,6 @@ from typing import Any
 import zmq
 from ipykernel.kernelapp import IPKernelApp
 
-
 PACKAGES = ".cloister/packages"
 """Where `%cloister pip install` puts packages, below the home."""
 

@@ -20,7 +20,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from cloister_data.errors import CloisterError
+from cloister_data.errors import CloisterError, ConfigurationError
+from cloister_data.kernels import MISCONFIGURED
 from cloister_kernel.control import ControlClient
 from cloister_kernel.door import Door, listen
 from cloister_kernel.idling import IdleRule
@@ -35,7 +36,12 @@ from cloister_kernel.kernels import (
 )
 from cloister_kernel.limits import Limits
 from cloister_kernel.process import die_with_parent
-from cloister_kernel.spawner import Spawner
+from cloister_kernel.sandbox.cgroups import Limits as KernelLimits
+from cloister_kernel.sandbox.confined import ConfinedSpawner
+from cloister_kernel.unconfined import UnconfinedSpawner
+from cloister_kernel.usage import Memory
+
+MEMORY_MB, PROCESSES, HOME_MB = 4096, 1024, 1024
 
 
 @contextlib.contextmanager
@@ -61,7 +67,9 @@ def remove_stale_sockets(directory: Path) -> None:
                 remove_socket(path / "guard.sock")
 
 
-async def run(spawner: Spawner, control: ControlClient, rules: Rules, listener: socket.socket) -> None:
+async def run(
+    spawner: ConfinedSpawner | UnconfinedSpawner, control: ControlClient, rules: Rules, listener: socket.socket
+) -> None:
     """Clear what an earlier service left, serve until SIGTERM, SIGINT or too long without a guard, end every kernel."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -70,7 +78,11 @@ async def run(spawner: Spawner, control: ControlClient, rules: Rules, listener: 
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             loop.add_signal_handler(number, stop.set)
     await spawner.recover()
-    service = KernelService(spawner, control, rules)
+    memory: Memory | None = None
+    if isinstance(spawner, ConfinedSpawner):
+        memory = spawner
+        await spawner.check()
+    service = KernelService(spawner, control, rules, memory)
     server = await asyncio.start_unix_server(Door(service).serve, sock=listener)
     keeper = asyncio.create_task(service.housekeeping())
     log("listening", service=service.name)
@@ -86,13 +98,35 @@ async def run(spawner: Spawner, control: ControlClient, rules: Rules, listener: 
         raise results[0]
 
 
+def make_spawner(options: argparse.Namespace) -> ConfinedSpawner | UnconfinedSpawner:
+    """To be called while this process has a single thread. Raises CloisterError."""
+    if options.unsafe_no_sandbox:
+        log("KERNELS ARE NOT CONFINED (--unsafe-no-sandbox): never for real data")
+        return UnconfinedSpawner(
+            homes=options.runtime / "homes", runtime=options.runtime, hidden=(*options.hide, options.vault)
+        )
+    return ConfinedSpawner.open(
+        options.runtime,
+        options.vault,
+        limits=KernelLimits(options.memory_mb << 20, options.processes, options.cpus),
+        home_bytes=options.home_mb << 20,
+        tmp_bytes=options.memory_mb << 19,
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cloister_kernel.service", description=__doc__.split("\n")[0])
     parser.add_argument("--socket", type=Path, required=True, help="where the guard gives its orders")
     parser.add_argument("--control", type=Path, required=True, help="the guard's control socket")
-    parser.add_argument("--homes", type=Path, required=True, help="where the kernels' homes are made")
     parser.add_argument("--runtime", type=Path, required=True, help="a short path for the kernels' sockets")
+    parser.add_argument("--vault", type=Path, required=True, help="where the users' homes are kept, encrypted")
     parser.add_argument("--hide", type=Path, action="append", default=[], help="a directory no kernel may see")
+    parser.add_argument("--memory-mb", type=int, default=MEMORY_MB, help="MiB of memory that one kernel may have")
+    parser.add_argument("--processes", type=int, default=PROCESSES, help="processes and threads of one kernel")
+    parser.add_argument("--cpus", type=float, default=float(os.cpu_count() or 1), help="CPUs that one kernel may use")
+    parser.add_argument("--home-mb", type=int, default=HOME_MB, help="MiB of a user's home")
+    parser.add_argument("--warm", type=int, default=0, help="kernels that are started before anybody asks")
+    parser.add_argument("--unsafe-no-sandbox", action="store_true", help="don't confine kernels: for trying out only")
     parser.add_argument(
         "--die-with-parent", action="store_true", help="stop when the process that started this one ends"
     )
@@ -104,18 +138,30 @@ def main(arguments: list[str] | None = None) -> int:
         "--guard-away", type=float, default=GUARD_AWAY_SECONDS, help="seconds the kernels live without a guard"
     )
     options = parser.parse_args(arguments)
-    rules = Rules(Limits(options.per_user, options.total), IdleRule(options.idle), options.lease, options.guard_away)
+    rules = Rules(
+        Limits(options.per_user, options.total),
+        IdleRule(options.idle),
+        options.lease,
+        options.guard_away,
+        0 if options.unsafe_no_sandbox else options.warm,
+    )
     try:
         if options.die_with_parent:
             die_with_parent(signal.SIGTERM)
-        spawner = Spawner(homes=options.homes, runtime=options.runtime, hidden=tuple(options.hide))
+        (options.runtime / "k").mkdir(mode=0o711, parents=True, exist_ok=True)
         with alone(options.runtime):
+            spawner = make_spawner(options)
             remove_stale_sockets(options.runtime / "g")
             listener = listen(options.socket)
             try:
                 asyncio.run(run(spawner, ControlClient(options.control), rules, listener))
             finally:
                 options.socket.unlink(missing_ok=True)
+    except ConfigurationError as error:
+        log(f"{error}")
+        # For the guard, which then doesn't try again and again.
+        options.socket.with_suffix(".problem").write_bytes(error.to_problem().to_json())
+        return MISCONFIGURED
     except (CloisterError, OSError) as error:
         log(f"{error}")
         return 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,8 +26,7 @@ class Started:
 
     Attributes:
         process: ends when the kernel does.
-        memory: bytes that the kernel uses now; 0 where nobody counts.
-        oom_kills: how often Linux killed a process of it for want of memory.
+        guard_socket: where the guard listens for it; it may see that under another path.
     """
 
     kernel: str
@@ -38,8 +36,7 @@ class Started:
     process: asyncio.subprocess.Process
     key: bytes
     paths: dict[Channel, str]
-    memory: Callable[[], int] = lambda: 0
-    oom_kills: Callable[[], int] = lambda: 0
+    guard_socket: str
 
 
 class Spawner(Protocol):

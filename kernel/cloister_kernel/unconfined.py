@@ -99,7 +99,7 @@ class UnconfinedSpawner:
         finally:
             paths = sockets.paths
             sockets.close()
-        return Started(prepared.kernel, uid, user, self.sandbox, process, sockets.key, paths)
+        return Started(prepared.kernel, uid, user, self.sandbox, process, sockets.key, paths, guard_socket)
 
     def _own(self, path: Path, uid: int) -> None:
         if self.sandbox == "user":
@@ -206,9 +206,7 @@ class UnconfinedSpawner:
         await delete(home, self._runtime / started.kernel[:12])
 
     async def wipe(self, user: str) -> None:
-        raise InvalidRequestError(
-            "There is nothing to wipe.", why="Without a sandbox a home ends with its kernel."
-        )
+        raise InvalidRequestError("There is nothing to wipe.", why="Without a sandbox a home ends with its kernel.")
 
     async def save(self) -> None:
         """Nothing is kept."""

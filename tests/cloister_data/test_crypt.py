@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from cloister_data.errors import StorageError
 from cloister_data import crypt
 from cloister_data.crypt import CHUNK, MAGIC, TAG, decrypt, encrypt_to, read_file, write_file
+from cloister_data.errors import StorageError
 
 KEY = bytes(range(32))
 HEADER = len(MAGIC) + 16

@@ -16,10 +16,10 @@ import pyarrow as pa
 from pydantic import Field
 
 from cloister_data.base import Text, Wire
+from cloister_data.crypt import read_file, write_durably, write_file
 from cloister_data.datasets import SplitRef
 from cloister_data.errors import StorageError
 from cloister_data.schema import Schema
-from cloister_data.crypt import read_file, write_durably, write_file
 from cloister_guard.datasets.keys import KEY_BYTES, KeyRing
 from cloister_guard.datasets.split import PART_COLUMN, SPLIT_COLUMN, division_place, in_part, population_key
 

@@ -12,6 +12,7 @@ import secrets
 import shutil
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -198,9 +199,23 @@ class ConfinedSpawner:
             kernel.sandboxed.process,
             kernel.sockets.key,
             kernel.paths,
-            memory=kernel.cgroup.memory,
-            oom_kills=kernel.cgroup.oom_kills,
+            guard_socket,
         )
+
+    def used(self, kernels: Sequence[Started]) -> int:
+        """Bytes of memory that these kernels hold together; see `cloister_kernel.usage.Memory`."""
+        total = 0
+        for started in kernels:
+            with contextlib.suppress(OSError, KeyError):
+                total += self._kernels[started.kernel].cgroup.memory()
+        return total
+
+    def exceeded(self, kernel: Started) -> int | None:
+        """The memory limit in MiB where Linux killed something of this kernel for it, else None."""
+        with contextlib.suppress(OSError, KeyError):
+            if self._kernels[kernel.kernel].cgroup.oom_kills():
+                return self._limits.memory_bytes >> 20
+        return None
 
     def ready(self, prepared: Prepared) -> bool:
         sandboxed = self._kernels[prepared.kernel].sandboxed

@@ -56,7 +56,13 @@ class Homes:
     """`directory` is where homes get mounted, `vault` where they are kept encrypted, `size` the quota in bytes."""
 
     def __init__(
-        self, directory: Path, vault: Path, confinement: Confinement, mounter: Mounter, size: int, log: Log | None = None
+        self,
+        directory: Path,
+        vault: Path,
+        confinement: Confinement,
+        mounter: Mounter,
+        size: int,
+        log: Log | None = None,
     ) -> None:
         self.owner = os.geteuid() if confinement.rootless else OWNER
         self._directory, self._vault, self._size = directory, vault, size

@@ -29,9 +29,7 @@ from cloister_kernel.sandbox.view import Bound, View, bubblewrap, contents, impo
 LOCK_SECONDS = 30.0
 MAX_REPORT = 64 << 10
 SHIM = "from cloister_kernel.sandbox.shim import main; main()"
-ENTER = (
-    'for group in $1; do echo 0 > "$group" || exit 71; done; echo 500 > /proc/self/oom_score_adj; shift; exec "$@"'
-)
+ENTER = 'for group in $1; do echo 0 > "$group" || exit 71; done; echo 500 > /proc/self/oom_score_adj; shift; exec "$@"'
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -166,7 +164,9 @@ async def _mount_namespace(process: asyncio.subprocess.Process, status: int, sai
     except (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
         code = await _ended(process)
         if code == 71:
-            raise LayerError("cgroup", "The kernel couldn't enter its own.", "Look at the cgroup's permissions.") from error
+            raise LayerError(
+                "cgroup", "The kernel couldn't enter its own.", "Look at the cgroup's permissions."
+            ) from error
         raise LayerError(
             "bubblewrap",
             f"It ended with status {code} before the namespaces stood: {_last_words(said)}",

@@ -18,7 +18,8 @@ import sys
 from typing import Any, NoReturn
 
 from cloister_kernel.process import die_with_parent
-from cloister_kernel.sandbox import check, filter as calls, landlock
+from cloister_kernel.sandbox import check, landlock
+from cloister_kernel.sandbox import filter as calls
 from cloister_kernel.sandbox.layers import LayerError
 
 MAX_MESSAGE = 1 << 17

@@ -27,7 +27,17 @@ SYSTEM = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 SETTINGS = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime", "fonts", "mime.types", "alternatives")
 """What of /etc is shown: nothing in it is secret or says whose machine it is."""
 MASKED = (
-    *("diskstats", "interrupts", "softirqs", "schedstat", "vmstat", "zoneinfo", "buddyinfo", "pagetypeinfo", "slabinfo"),
+    *(
+        "diskstats",
+        "interrupts",
+        "softirqs",
+        "schedstat",
+        "vmstat",
+        "zoneinfo",
+        "buddyinfo",
+        "pagetypeinfo",
+        "slabinfo",
+    ),
     *("timer_list", "kallsyms", "kcore", "keys", "key-users", "sched_debug", "modules", "iomem", "ioports", "cmdline"),
 )
 """Files of /proc that count what the whole machine does, the guard's work among it, or say how its kernel is laid out."""
@@ -136,7 +146,10 @@ def bubblewrap(
         command += ["--ro-bind", piece.staged, piece.path]
     for link in view.links:
         command += ["--symlink", link.target, link.path]
-    command += ["--dir", HOME,]
+    command += [
+        "--dir",
+        HOME,
+    ]
     for each in bound:
         command += ["--bind" if each.writable else "--ro-bind", each.source, each.path]
     for path, descriptor in data.items():
