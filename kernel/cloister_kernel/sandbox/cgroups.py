@@ -224,7 +224,8 @@ def _unavailable(missing: list[str], mounted: list[str], unified: Path | None) -
         commands = [f"mount -t cgroup -o {key} cgroup /sys/fs/cgroup/{key}" for key in missing]
         return LayerError("cgroup", why, f"Boot Linux with cgroup_no_v1=all, or as root: {'; '.join(commands)}")
     if unified is None:
-        return LayerError("cgroup", why, "As root: mount -t cgroup2 cgroup2 /sys/fs/cgroup")
+        mend = "As root: mount -t cgroup2 cgroup2 /sys/fs/cgroup. A container needs a cgroup namespace of its own."
+        return LayerError("cgroup", why, mend)
     if not (unified / "cgroup.type").exists():  # the root: what it doesn't have, Linux doesn't
         options = " ".join(f"cgroup_enable={key}" for key in missing)
         return LayerError("cgroup", why, f"Boot Linux with cgroup_no_v1=all {options}.")
