@@ -94,7 +94,7 @@ def _find(service_socket: Path) -> _Found | None:
             return None
 
 
-async def answering(service_socket: Path, supervising: asyncio.Task[None]) -> None:
+async def answering(service_socket: Path, supervising: asyncio.Task[object]) -> None:
     """Wait until a kernel service listens there. Raises ConfigurationError where this machine can't run one."""
     while not supervising.done():
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import zmq
 from ipykernel.kernelapp import IPKernelApp
@@ -30,18 +31,25 @@ class NotebookApp(IPKernelApp):
     def init_heartbeat(self) -> None:
         self.heartbeat = None
 
-    def belongs_to_user(self) -> None:
-        """The home is there now: what is looked for in it is found from here on."""
-        packages = os.path.join(os.environ["HOME"], PACKAGES)
-        if packages not in sys.path:
-            sys.path.append(packages)
+
+def run_for_user(connection_file: str, wait_for_user: Callable[[], dict[str, str]]) -> NoReturn:
+    """Be a kernel, complete but for its user: `wait_for_user` gives the environment once there is one."""
+    app: Any = NotebookApp.instance()
+    app.initialize(["-f", connection_file])
+    os.environ.update(wait_for_user())
+    os.chdir(os.environ["HOME"])
+    # Last, so that nothing in it can take the place of a package of the image.
+    sys.path.append(os.path.join(os.environ["HOME"], PACKAGES))
+    app.start()
+    sys.exit(0)
 
 
-def main() -> None:
+def main() -> NoReturn:
+    """A kernel without a sandbox: `python -m cloister_kernel.notebook -f FILE`, in its home."""
     # `-m` put the start directory in front; the shell puts "" there, for modules beside the notebook.
     if sys.path and sys.path[0] == os.getcwd():
         del sys.path[0]
-    NotebookApp.launch_instance()
+    run_for_user(sys.argv[2], dict)
 
 
 if __name__ == "__main__":

@@ -77,11 +77,15 @@ async def run(
         # Who starts it by nohup wants it to outlive a terminal.
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             loop.add_signal_handler(number, stop.set)
-    await spawner.recover()
     memory: Memory | None = None
-    if isinstance(spawner, ConfinedSpawner):
-        memory = spawner
-        await spawner.check()
+    try:
+        await spawner.recover()
+        if isinstance(spawner, ConfinedSpawner):
+            memory = spawner
+            await spawner.check()
+    except BaseException:
+        await spawner.close()
+        raise
     service = KernelService(spawner, control, rules, memory)
     server = await asyncio.start_unix_server(Door(service).serve, sock=listener)
     keeper = asyncio.create_task(service.housekeeping())

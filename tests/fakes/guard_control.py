@@ -36,7 +36,7 @@ class FakeControl:
         if self.problem is not None:
             answer = ControlAnswer(problem=self.problem)
         elif isinstance(order, RegisterKernel):
-            directory = self.sockets / order.kernel[:12]
+            directory = self.sockets / order.kernel
             directory.mkdir(mode=0o755, parents=True, exist_ok=True)
             answer = ControlAnswer(socket=str(directory / "guard.sock"))
         else:

@@ -108,7 +108,7 @@ class KernelRelay:
             [
                 *(sys.executable, "-m", "cloister_kernel.service", "--die-with-parent"),
                 *("--socket", self.service_socket, "--control", self.control.path),
-                *("--homes", self.directory / "homes", "--runtime", self.directory),
+                *("--vault", self.directory / "vault", "--runtime", self.directory),
                 *self._options,
             ],
             stdin=subprocess.DEVNULL,

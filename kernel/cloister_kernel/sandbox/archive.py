@@ -48,7 +48,7 @@ def save(target: BinaryIO, home: str, known: str) -> None:
 
 
 def _entries(home: str) -> Iterator[tuple[str, os.stat_result]]:
-    """Paths relative to `home`, and what lies there. What can't be looked at is left out: it has gone, or is too deep."""
+    """Paths relative to `home`, and what lies there. What can't be looked at (gone, or too deep) is left out."""
     waiting = [""]
     while waiting:
         directory = waiting.pop()
@@ -84,7 +84,7 @@ def _add(archive: tarfile.TarFile, home: str, path: str, status: os.stat_result)
             descriptor = os.open(whole, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             with os.fdopen(descriptor, "rb") as file:
                 entry.size = status.st_size
-                archive.addfile(entry, _Exactly(file, entry.size))  # type: ignore[arg-type]
+                archive.addfile(entry, _Exactly(file, entry.size))
     except FileNotFoundError:
         return  # deleted meanwhile
 

@@ -18,9 +18,10 @@ CLONE_NEWUSER = 0x10000000
 REPORT = "This is a fault of the sandbox: tell the people who maintain Cloister."
 
 
-def before_filter(uid: int, descriptors: Collection[int]) -> None:
-    """Uid, capabilities, namespaces, view and descriptors."""
-    if {*os.getresuid(), *os.getresgid()} != {uid} or set(os.getgroups()) - {uid}:
+def before_filter(uid: int, gid: int, descriptors: Collection[int], *, rootless: bool) -> None:
+    """Uid, capabilities, namespaces, view, descriptors. Without root nobody can give groups up: they show as 65534."""
+    groups = {gid, 65534} if rootless else {gid}
+    if set(os.getresuid()) != {uid} or set(os.getresgid()) != {gid} or set(os.getgroups()) - groups:
         raise LayerError("own uid", "The kernel runs as another user or in other groups.", REPORT)
     status = _status()
     held = [name for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb") if int(status[name], 16) != 0]

@@ -22,8 +22,10 @@ from cloister_data.kernels import KernelLaunch
 from cloister_data.policy import Sandbox
 from cloister_kernel.kernel_files import KernelSockets, check_socket_length, kernel_environment, named
 from cloister_kernel.remains import delete
-from cloister_kernel.sandbox.cgroups import Cgroups, KernelCgroup, Limits, find
+from cloister_kernel.sandbox.cgroups import Cgroups, Limits, find
+from cloister_kernel.sandbox.check import REPORT
 from cloister_kernel.sandbox.homes import Homes
+from cloister_kernel.sandbox.kernel_cgroup import KernelCgroup
 from cloister_kernel.sandbox.layers import LayerError
 from cloister_kernel.sandbox.mounter import Mounter
 from cloister_kernel.sandbox.process import Confinement, Sandboxed, receive
@@ -48,6 +50,12 @@ class _Kernel:
     sandboxed: Sandboxed | None = None
     user: str | None = None  # whose home it holds
     paths: dict[Channel, str] = field(default_factory=dict)
+
+    @property
+    def running(self) -> Sandboxed:
+        if self.sandboxed is None:
+            raise UnavailableError("The kernel hasn't been started.")
+        return self.sandboxed
 
 
 class ConfinedSpawner:
@@ -96,9 +104,8 @@ class ConfinedSpawner:
         prepared = await self.prepare()
         kernel = self._kernels[prepared.kernel]
         try:
-            assert kernel.sandboxed is not None
-            if kernel.sandboxed.pid not in kernel.cgroup.pids():
-                raise as_configuration_error(LayerError("cgroup", "A kernel didn't enter its own.", "Report this."))
+            if kernel.running.pid not in kernel.cgroup.pids():
+                raise as_configuration_error(LayerError("cgroup", "A kernel didn't enter its own.", REPORT))
         finally:
             await self.discard(prepared)
 
@@ -117,8 +124,7 @@ class ConfinedSpawner:
             self._kernels[identifier] = kernel
             await self._start(kernel)
             if warm:
-                assert kernel.sandboxed is not None
-                report, _ = await receive(kernel.sandboxed.control, WARM_SECONDS)
+                report, _ = await receive(kernel.running.control, WARM_SECONDS)
                 if report is None or report.state != "ready":
                     raise UnavailableError("A warm kernel ended before it was ready.")
         except BaseException as error:
@@ -170,7 +176,6 @@ class ConfinedSpawner:
 
     async def assign(self, prepared: Prepared, user: str, guard_socket: str, launch: KernelLaunch) -> Started:
         kernel = self._kernels[prepared.kernel]
-        assert kernel.sandboxed is not None
         try:
             if not self.ready(prepared):
                 raise UnavailableError("The kernel ended before it was given away.", next_step="Start another one.")
@@ -181,10 +186,10 @@ class ConfinedSpawner:
             home = await self.homes.acquire(user, launch.home_key)
             kernel.user = user
             owners = None if self._confinement.rootless else (self.homes.owner, prepared.uid)
-            namespace = kernel.sandboxed.namespace
+            namespace = kernel.running.namespace
             await asyncio.to_thread(self._mounter.attach, str(home), HOME, namespace, owners)
             message = json.dumps({"environment": environment}).encode()
-            await asyncio.get_running_loop().sock_sendall(kernel.sandboxed.control, message)
+            await asyncio.get_running_loop().sock_sendall(kernel.running.control, message)
         except BaseException as error:
             with contextlib.suppress(CloisterError):
                 await self._bury(kernel)
@@ -196,7 +201,7 @@ class ConfinedSpawner:
             prepared.uid,
             user,
             self.sandbox,
-            kernel.sandboxed.process,
+            kernel.running.process,
             kernel.sockets.key,
             kernel.paths,
             guard_socket,

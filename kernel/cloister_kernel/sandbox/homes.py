@@ -2,8 +2,8 @@
 
 A home is a tmpfs of the service's mount namespace: its size is its quota, and its plaintext is nowhere but in the
 machine's memory. All kernels of a user share it. It is saved when the last of them ends, and while they run whenever
-something in it has changed, as one file, under a key that the user's laptop holds and sends with each start: neither the
-disk nor the cloister's admin can open it. A service that is killed loses what changed since the last save.
+something in it has changed, as one file, under a key that the user's laptop holds and sends with each start: neither
+who has the disk nor the cloister's admin can open it. A service that is killed loses what changed since the last save.
 """
 
 from __future__ import annotations

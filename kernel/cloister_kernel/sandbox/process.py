@@ -1,7 +1,7 @@
 """Start a process in a sandbox: the steps from the service's rights down to none, and what the sandbox reports.
 
-/bin/sh enters the cgroup while it still may, setpriv(1) gives up uid, groups and capabilities for good, bubblewrap makes
-the namespaces and the view, and the shim closes the rest.
+/bin/sh enters the cgroup while it still may, setpriv(1) gives up uid, groups and capabilities for good, bubblewrap
+makes the namespaces and the view, and the shim closes the rest.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Confinement:
             process = await asyncio.create_subprocess_exec(
                 *("/bin/sh", "-c", ENTER, "sh", " ".join(map(os.fspath, groups))),
                 *command,
-                *(self.python, "-c", SHIM, json.dumps(complete)),
+                *(self.python, "-Xfrozen_modules=off", "-c", SHIM, json.dumps(complete)),
                 stdin=stdin,
                 stdout=stdout,
                 stderr=said,
@@ -145,7 +145,8 @@ def _kill(process: asyncio.subprocess.Process) -> None:
 
 
 def _sealed(text: str, stack: ExitStack) -> int:
-    file = stack.enter_context(tempfile.TemporaryFile())
+    file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the stack
+    stack.callback(file.close)
     file.write(text.encode())
     file.seek(0)
     return file.fileno()
@@ -214,7 +215,7 @@ async def receive(control: socket.socket, seconds: float = LOCK_SECONDS) -> tupl
     """One report and its sender's pid, which Linux vouches for; None where the other side has closed."""
     loop = asyncio.get_running_loop()
     arrived = loop.create_future()
-    loop.add_reader(control, lambda: arrived.done() or arrived.set_result(None))
+    loop.add_reader(control, lambda: None if arrived.done() else arrived.set_result(None))
     try:
         async with asyncio.timeout(seconds):
             await arrived

@@ -4,8 +4,8 @@
 
 ORDER is the service's word, as JSON: `uid`, `control` (the descriptor of a SOCK_SEQPACKET socket to the service),
 `descriptors` (what else may be open), `readable` and `writable` (paths), and either `connection` (a Jupyter connection
-file: a notebook kernel) or `program` (the name of a module with a `main`) with its `arguments`. Nothing of a user has run
-before `main` ends, and nothing but the standard library is imported before the layers hold.
+file: a notebook kernel) or `program` (the name of a module with a `main`) with its `arguments`. Nothing of a user has
+run before `main` ends, and nothing but the standard library is imported before the layers hold.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def lock_down(order: dict[str, Any]) -> None:
     os.umask(0o077)
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)  # an interrupt goes to the kernel and to what it started, not to bubblewrap
-    check.before_filter(order["uid"], {order["control"], *order["descriptors"]})
+    inherited = {order["control"], *order["descriptors"]}
+    check.before_filter(order["uid"], order["gid"], inherited, rootless=order["rootless"])
     landlock.restrict(order["readable"], order["writable"])
     calls.install()
     check.after_filter()
@@ -69,21 +70,19 @@ def _run(name: str, arguments: list[str]) -> NoReturn:
 def _become_kernel(control: socket.socket, order: dict[str, Any]) -> NoReturn:
     if order["warm"]:
         _import(WARM)
-    from cloister_kernel.notebook import NotebookApp
+    from cloister_kernel.notebook import run_for_user
 
-    app = NotebookApp.instance()
-    app.initialize(["-f", order["connection"]])
-    _say(control, {"state": "ready"})
-    # Here a warm kernel waits. It belongs to nobody yet, and has no home and no guard.
-    assigned = json.loads(control.recv(MAX_MESSAGE) or b"null")
-    control.close()
-    if assigned is None:
-        os._exit(0)
-    os.environ.update(assigned["environment"])
-    os.chdir(assigned["environment"]["HOME"])
-    app.belongs_to_user()
-    app.start()
-    sys.exit(0)
+    def wait_for_user() -> dict[str, str]:
+        """Here a warm kernel waits. It belongs to nobody yet, and has no home and no guard."""
+        _say(control, {"state": "ready"})
+        message = control.recv(MAX_MESSAGE)
+        control.close()
+        if not message:
+            os._exit(0)
+        environment: dict[str, str] = json.loads(message)["environment"]
+        return environment
+
+    run_for_user(order["connection"], wait_for_user)
 
 
 def _import(names: tuple[str, ...]) -> None:

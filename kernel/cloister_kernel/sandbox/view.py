@@ -40,14 +40,14 @@ MASKED = (
     ),
     *("timer_list", "kallsyms", "kcore", "keys", "key-users", "sched_debug", "modules", "iomem", "ioports", "cmdline"),
 )
-"""Files of /proc that count what the whole machine does, the guard's work among it, or say how its kernel is laid out."""
+"""Files of /proc that count what the whole machine does, the guard's work too, or say how its kernel is laid out."""
 FIXED = {
     "stat": "cpu 0 0 0 0 0 0 0 0 0 0\nintr 0\nctxt 0\nbtime 0\nprocesses 0\nprocs_running 1\nprocs_blocked 0\n",
     "loadavg": "0.00 0.00 0.00 1/1 1\n",
 }
 """Files of /proc that programs expect to be able to read, with the same content for everybody."""
-PASSWD = "cloister:x:{uid}:{uid}:notebook kernel:/home/cloister:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"
-GROUP = "cloister:x:{uid}:\nnogroup:x:65534:\n"
+USERS = "cloister:x:{uid}:{uid}:notebook kernel:/home/cloister:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"
+GROUPS = "cloister:x:{uid}:\nnogroup:x:65534:\n"
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def bubblewrap(
 ) -> list[str]:
     """The command up to the program that runs inside.
 
-    `status` is the descriptor on which bubblewrap tells the pid of the sandbox's first process; `data` maps paths inside
-    to descriptors that are read to the end for their content.
+    `status` is the descriptor on which bubblewrap tells the pid of the sandbox's first process; `data` maps paths
+    inside to descriptors that are read to the end for their content.
     """
     command = [bwrap, "--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
     command += ["--unshare-cgroup", "--disable-userns", "--cap-drop", "ALL", "--die-with-parent", "--new-session"]
@@ -166,7 +166,7 @@ def bubblewrap(
 def contents(uid: int) -> dict[str, str]:
     """The small files that a sandbox gets, by their path in it."""
     proc = {f"/proc/{name}": text for name, text in FIXED.items() if os.path.exists(f"/proc/{name}")}
-    return {"/etc/passwd": PASSWD.format(uid=uid), "/etc/group": GROUP.format(uid=uid), **proc}
+    return {"/etc/passwd": USERS.format(uid=uid), "/etc/group": GROUPS.format(uid=uid), **proc}
 
 
 def stage_pieces(view: View) -> None:
