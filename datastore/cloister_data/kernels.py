@@ -75,6 +75,13 @@ class KernelQuery(Wire):
     user: UserName
 
 
+class KernelWipe(Wire):
+    """Guard to kernel service: delete the home of this user, who has no kernel now."""
+
+    op: Literal["wipe"] = "wipe"
+    user: UserName
+
+
 class KernelMeet(Wire):
     """Guard to kernel service: this guard is here. Kernels that it doesn't know are registered before the answer.
 
@@ -100,7 +107,9 @@ class KernelFigures(Wire):
     ended: dict[EndingKind, Annotated[int, Field(ge=0)]]
 
 
-KernelOrder = Annotated[KernelStart | KernelSignal | KernelAttach | KernelQuery | KernelMeet, Field(discriminator="op")]
+KernelOrder = Annotated[
+    KernelStart | KernelSignal | KernelAttach | KernelQuery | KernelWipe | KernelMeet, Field(discriminator="op")
+]
 
 
 class KernelAnswer(Wire):

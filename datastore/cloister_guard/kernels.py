@@ -23,6 +23,7 @@ from cloister_data.kernels import (
     KernelSignal,
     KernelStart,
     KernelView,
+    KernelWipe,
 )
 from cloister_guard.identity import Caller
 
@@ -102,6 +103,10 @@ class Kernels:
     async def list(self, caller: Caller) -> KernelList:
         answer = await self._order(KernelQuery(user=caller.user))
         return answer.kernels or KernelList(kernels=())
+
+    async def wipe_home(self, caller: Caller) -> KernelList:
+        """Delete what is kept of the caller's home. Raises InvalidRequestError while a kernel of theirs runs."""
+        return (await self._order(KernelWipe(user=caller.user))).kernels or KernelList(kernels=())
 
     async def _own(self, caller: Caller, kernel: str) -> None:
         if all(view.kernel != kernel for view in (await self.list(caller)).kernels):

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
+import secrets
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -189,6 +191,28 @@ class Profile(Wire):
                 create=create,
                 missing="It is made at the first upload, or by `cloister owner init`, and signs the policies.",
             )
+
+    def home_key(self) -> str:
+        """The key of this user's home there, 64 hex digits, made at its first use. Raises ConfigurationError."""
+        path = self.directory / "home.key"
+        with self._locked():
+            try:
+                found = read_bounded(path, secret=True, limit=256).decode("ascii", errors="replace").strip()
+            except FileNotFoundError:
+                found = secrets.token_hex(32)
+                write_private(path, f"{found}\n".encode())
+        if not re.fullmatch("[0-9a-f]{64}", found):
+            raise ConfigurationError(
+                f"{path} isn't a home's key.", next_step="Take it from your other computer: cloister home key."
+            )
+        return found
+
+    def take_home_key(self, key: str) -> None:
+        """Use the key of another computer of this user's. Raises ConfigurationError for what can't be one."""
+        if not re.fullmatch("[0-9a-f]{64}", key):
+            raise ConfigurationError("That isn't a home's key.", why="It has 64 digits, 0-9 and a-f.")
+        with self._locked():
+            write_private(self.directory / "home.key", f"{key}\n".encode())
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

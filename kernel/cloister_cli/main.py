@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cloister_cli import attest, audit, budget, dataset, owner, policy, user
+from cloister_cli import attest, audit, budget, dataset, home, owner, policy, user
 from cloister_cli.connect import connect
 from cloister_cli.demo import demo
 from cloister_cli.lab import lab
@@ -48,6 +48,7 @@ app.command(rich_help_panel=SCIENTISTS, context_settings={"allow_extra_args": Tr
     lab
 )
 app.add_typer(budget.app, name="budget", rich_help_panel=SCIENTISTS)
+app.add_typer(home.app, name="home", rich_help_panel=SCIENTISTS)
 app.add_typer(dataset.app, name="dataset", rich_help_panel=OWNERS)
 app.add_typer(policy.app, name="policy", rich_help_panel=OWNERS)
 app.add_typer(owner.app, name="owner", rich_help_panel=OWNERS)

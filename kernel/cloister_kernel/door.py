@@ -23,6 +23,7 @@ from cloister_data.kernels import (
     KernelQuery,
     KernelSignal,
     KernelStart,
+    KernelWipe,
 )
 from cloister_kernel.frames import channel_frames, read_frame, write_frame
 from cloister_kernel.journal import log
@@ -30,7 +31,9 @@ from cloister_kernel.kernels import Kernel, KernelService
 
 ORDER_SECONDS = 10.0
 
-_ORDER: TypeAdapter[KernelStart | KernelSignal | KernelAttach | KernelQuery | KernelMeet] = TypeAdapter(KernelOrder)
+_ORDER: TypeAdapter[KernelStart | KernelSignal | KernelAttach | KernelQuery | KernelWipe | KernelMeet] = TypeAdapter(
+    KernelOrder
+)
 
 
 class Door:
@@ -71,11 +74,15 @@ class Door:
                     answer = KernelAnswer(kernel=await self._service.signal(order))
                 case KernelQuery():
                     answer = KernelAnswer(kernels=self._service.list(order))
+                case KernelWipe():
+                    answer = KernelAnswer(kernels=await self._service.wipe(order))
                 case KernelMeet():
                     answer = KernelAnswer(figures=await self._service.meet(order))
                 case KernelAttach():
                     attached = self._service.find(order.kernel)
                     answer = KernelAnswer(kernel=attached.view())
+        except asyncio.IncompleteReadError:
+            raise  # somebody looked whether the door is open
         except ValidationError:
             answer = KernelAnswer(problem=InvalidRequestError("The kernel service can't read this order.").to_problem())
         except CloisterError as error:

@@ -23,6 +23,7 @@ from cloister_data.kernels import (
     KernelStart,
     KernelState,
     KernelView,
+    KernelWipe,
 )
 from cloister_kernel.control import ControlClient
 from cloister_kernel.endings import Periods, ending
@@ -235,6 +236,11 @@ class KernelService:
 
     def list(self, order: KernelQuery) -> KernelList:
         return KernelList(kernels=tuple(k.view() for k in self._kernels.values() if k.user == order.user))
+
+    async def wipe(self, order: KernelWipe) -> KernelList:
+        """Delete a user's home. Raises InvalidRequestError while a kernel of that user runs."""
+        await self._spawner.wipe(order.user)
+        return self.list(KernelQuery(user=order.user))
 
     async def meet(self, order: KernelMeet) -> KernelFigures:
         """A guard says that it is there. It gets the kernels that it doesn't know, and the figures of all."""

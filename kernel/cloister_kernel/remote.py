@@ -128,7 +128,11 @@ class RemoteKernel:
     def start(self, environment: dict[str, str] | None = None) -> KernelView:
         """Ask the cloister for a kernel. Raises CloisterError."""
         session = self.session()
-        launch = KernelLaunch(verdict=session.verdict.to_json().decode(), environment=display_environment(environment))
+        launch = KernelLaunch(
+            verdict=session.verdict.to_json().decode(),
+            environment=display_environment(environment),
+            home_key=session.profile.home_key(),
+        )
         self.view = session.transport.call("POST", "/api/v1/kernels", send=launch, receive=KernelView)
         return self.view
 

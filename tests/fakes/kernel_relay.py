@@ -49,16 +49,27 @@ class FakeVerdict(Wire):
     platform: str = "simulated"
 
 
+class FakeProfile:
+    """`key` opens the home; "" asks for one that isn't kept."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    def home_key(self) -> str:
+        return self._key
+
+
 class FakeSession:
     """What the provisioner uses of `cloister.session.Session`."""
 
-    def __init__(self, url: str, token: str, certificate_der: bytes) -> None:
+    def __init__(self, url: str, token: str, certificate_der: bytes, home_key: str = "") -> None:
         self.ssl_context = pinned_context(certificate_der)
         headers = {"Authorization": f"Bearer {token}"}
         self.client = httpx.Client(base_url=url, verify=self.ssl_context, trust_env=False, headers=headers)
         self.transport = Transport(self.client)
         self.verdict = FakeVerdict()
         self.token = token
+        self.profile = FakeProfile(home_key)
         self.doubt = None
         self.proof_left = 3600.0
         self._url = url
@@ -79,6 +90,7 @@ class KernelRelay:
         self.token = secrets.token_hex(16)
         self.identity = make_server_identity()
         self.url = ""
+        self.home_key = ""
         self.launches: list[KernelLaunch] = []
         self.service_socket = directory / "kernels.sock"
         self.control = FakeControl(directory / "control.sock", directory / "g")
@@ -92,7 +104,7 @@ class KernelRelay:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), daemon=True)
 
     def session(self, _profile: object = None, **_: object) -> FakeSession:
-        return FakeSession(self.url, self.token, self.identity.certificate_der)
+        return FakeSession(self.url, self.token, self.identity.certificate_der, self.home_key)
 
     def __enter__(self) -> Self:
         (self.directory / "g").mkdir(mode=0o711)

@@ -87,6 +87,11 @@ def make_router(guard: Guard) -> APIRouter:
     async def end_kernel(kernel: Id, caller: Annotated[Caller, Depends(who)]) -> Response:
         return answer(await guard.kernels.signal(caller, kernel, "end"))
 
+    @router.delete("/api/v1/home")
+    async def wipe_home(caller: Annotated[Caller, Depends(who)]) -> Response:
+        caller.require("scientist")
+        return answer(await guard.kernels.wipe_home(caller))
+
     @router.websocket("/api/v1/kernels/{kernel}/channels")
     async def channels(websocket: WebSocket, kernel: str) -> None:
         try:
