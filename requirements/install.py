@@ -23,6 +23,7 @@ REFUSED = ("nvidia-", "cuda-")
 def main(target: Path, constraints: Path) -> None:
     check_python()
     need_venv()
+    need_bubblewrap()
     if not (target / "bin" / "python").exists():
         say(f"Making {target} ...")
         venv.create(target, with_pip=True, symlinks=True)
@@ -53,6 +54,24 @@ def need_venv() -> None:
         if subprocess.call(["apt-get", "install", "-y", "--no-install-recommends", package]) == 0:
             return
     stop("Python's venv module isn't installed.", f"Install it: sudo apt-get install {package}")
+
+
+def need_bubblewrap() -> None:
+    """What kernels are confined with. Without it everything but kernels works, and those refuse to start."""
+    if sys.platform != "linux" or shutil.which("bwrap"):
+        return
+    if os.geteuid() == 0 and shutil.which("apt-get"):
+        say("Installing the system package bubblewrap, which confines kernels ...")
+        install = ["apt-get", "install", "-y", "--no-install-recommends", "bubblewrap"]
+        if subprocess.call(install) == 0:
+            return
+        # An image without package lists.
+        if subprocess.call(["apt-get", "update"]) == 0 and subprocess.call(install) == 0:
+            return
+    say(
+        "bubblewrap isn't installed: kernels can't be confined, and won't start.\n"
+        "Next: sudo apt-get install bubblewrap   (or, to try Cloister out without: make demo UNSAFE=1)"
+    )
 
 
 def planned(pip: list[str], wanted: list[str]) -> list[str]:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from cloister_kernel.remains import sweep_uid
-from cloister_kernel.spawner import Spawner
 from cloister_kernel.uids import UidPool, uids_of
+from cloister_kernel.unconfined import UnconfinedSpawner
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="NOT CHECKED: changing the uid needs root")
 
@@ -66,7 +66,7 @@ def test_a_process_whose_first_thread_has_ended_is_swept() -> None:
 def test_only_what_bears_a_kernels_name_is_cleared_at_a_start(tmp_path: Path) -> None:
     homes = tmp_path / "homes"
     with tempfile.TemporaryDirectory(prefix="cl-") as runtime:
-        spawner = Spawner(homes=homes, runtime=Path(runtime))
+        spawner = UnconfinedSpawner(homes=homes, runtime=Path(runtime))
         for name in ("alice", "ab" * 16):
             (homes / name).mkdir()
             (homes / name / "thesis.tex").write_text("years of work")

@@ -29,10 +29,10 @@ from cloister_data.kernels import (
     KernelSignal,
     KernelStart,
 )
-from cloister_kernel import spawner
+from cloister_kernel import unconfined
 from cloister_kernel.control import ControlClient
 from cloister_kernel.kernels import KernelService
-from cloister_kernel.spawner import Spawner
+from cloister_kernel.unconfined import UnconfinedSpawner
 from tests.fakes.guard_control import FakeControl
 from tests.fakes.kernel_relay import KernelRelay, running_relay
 
@@ -220,19 +220,19 @@ def test_a_second_service_waits_until_the_first_has_ended() -> None:
 
 def test_without_root_all_kernels_share_one_uid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The rootless way, also where this test runs as root: the level is said, and what a kernel leaves is found."""
-    monkeypatch.setattr(spawner, "sandbox_level", lambda: "none")
+    monkeypatch.setattr(unconfined, "sandbox_level", lambda: "none")
     runtime = Path(f"/tmp/cl-{os.getpid()}")
 
     async def scenario() -> None:
         async with FakeControl(tmp_path / "c", tmp_path / "g") as control:
-            made = Spawner(homes=tmp_path / "homes", runtime=runtime)
+            made = UnconfinedSpawner(homes=tmp_path / "homes", runtime=runtime)
             service = KernelService(made, ControlClient(tmp_path / "c"))
             view = await service.start(START)
             assert view.sandbox == "none"
             assert control.orders[0].uid == os.geteuid()  # type: ignore[union-attr]
             kernel = service.find(view.kernel)
             assert os.geteuid() in psutil.Process(kernel.started.process.pid).uids()
-            environment = {"HOME": str(kernel.started.home)}
+            environment = {"HOME": str(tmp_path / "homes" / view.kernel)}
             straggler = await asyncio.create_subprocess_exec("sleep", "60", env=environment, start_new_session=True)
             bystander = await asyncio.create_subprocess_exec("sleep", "60", env={}, start_new_session=True)
             await service.signal(KernelSignal(op="end", kernel=view.kernel))

@@ -14,16 +14,17 @@ import pytest
 from cloister_data.errors import ConfigurationError, InvalidRequestError
 from cloister_data.kernels import KernelLaunch
 from cloister_kernel import uids
+from cloister_kernel.kernel_files import kernel_environment
 from cloister_kernel.launch import LaunchPlan
-from cloister_kernel.spawner import Spawner, kernel_environment
 from cloister_kernel.uids import UID_FIRST, UID_LAST, UidPool
+from cloister_kernel.unconfined import UnconfinedSpawner
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="NOT CHECKED: changing the uid needs root")
 
 
 def environment(**display: str) -> dict[str, str]:
     launch = KernelLaunch.model_validate({"verdict": "{}", "environment": display})
-    return kernel_environment(launch, home=Path("/h"), user="alice", guard_socket="/g.sock")
+    return kernel_environment(launch, home="/h", user="alice", guard_socket="/g.sock")
 
 
 def test_nothing_of_the_services_environment_is_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +52,7 @@ def test_display_settings_are_values_not_paths(name: str, value: str) -> None:
 
 def test_a_verdict_with_a_zero_byte_is_refused() -> None:
     with pytest.raises(InvalidRequestError):
-        kernel_environment(KernelLaunch(verdict="a\0b"), home=Path("/h"), user="a", guard_socket="/g")
+        kernel_environment(KernelLaunch(verdict="a\0b"), home="/h", user="a", guard_socket="/g")
 
 
 def test_uids_are_fresh_and_never_those_of_a_living_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +67,7 @@ def test_uids_are_fresh_and_never_those_of_a_living_process(monkeypatch: pytest.
 
 def test_a_path_too_long_for_sockets_is_refused_with_the_mend(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="runtime_dir"):
-        Spawner(homes=tmp_path / "h", runtime=tmp_path / ("x" * 100))
+        UnconfinedSpawner(homes=tmp_path / "h", runtime=tmp_path / ("x" * 100))
 
 
 @pytest.mark.parametrize("uid", [0, 1000, UID_FIRST - 1, UID_LAST + 1])
