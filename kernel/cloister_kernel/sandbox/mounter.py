@@ -41,6 +41,8 @@ class Mounter:
         if self._pid == 0:
             try:
                 ours.close()
+                # Ctrl-C reaches the whole group; this process is needed until the service has put things away.
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
                 die_with_parent(signal.SIGKILL)
                 if os.getppid() == parent:
                     serve(theirs)
@@ -101,6 +103,8 @@ def serve(orders: socket.socket) -> None:
             obey(json.loads(message), descriptors)
         except OSError as error:
             answer = {"errno": error.errno or 0, "why": error.strerror or str(error)}
+        except Exception as error:
+            answer = {"errno": 0, "why": f"{type(error).__name__}: {error}"}
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)

@@ -44,22 +44,27 @@ class Report(Wire):
 
 @dataclass
 class Sandboxed:
-    """A process in a sandbox, its end of the socket to the service, and its mount namespace.
+    """A process in a sandbox, and the service's end of the socket to it.
 
-    `pid` is the Python process itself, as the service sees it; it leads a process group.
+    `pid` is the Python process itself, as the service sees it; it leads a process group. `descriptors` are its mount
+    namespace, and the pipe on which bubblewrap tells its end: it would die of a closed one, and its status with it.
     """
 
     process: asyncio.subprocess.Process
     control: socket.socket
-    namespace: int
+    descriptors: list[int]
     pid: int
+
+    @property
+    def namespace(self) -> int:
+        """A descriptor of the sandbox's mount namespace."""
+        return self.descriptors[0]
 
     def close(self) -> None:
         """Let go of the descriptors; the process isn't touched."""
         self.control.close()
-        if self.namespace >= 0:
-            os.close(self.namespace)
-            self.namespace = -1
+        while self.descriptors:
+            os.close(self.descriptors.pop())
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class Confinement:
             ours.setblocking(False)
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             status_read, status_write = os.pipe()
-            stack.callback(os.close, status_read)
+            failed.callback(os.close, status_read)
             closing = stack.enter_context(ExitStack())
             closing.callback(os.close, status_write)
             data = {path: _sealed(text, stack) for path, text in contents(uid).items()}
@@ -127,7 +132,7 @@ class Confinement:
             failed.callback(os.close, namespace)
             pid = await _locked(process, ours, said)
             failed.pop_all()
-            return Sandboxed(process, ours, namespace, pid)
+            return Sandboxed(process, ours, [namespace, status_read], pid)
 
     def _command(self, uid: int, status: int, data: dict[str, int], bound: Sequence[Bound]) -> list[str]:
         inside = bubblewrap(
