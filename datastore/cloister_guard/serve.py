@@ -114,7 +114,9 @@ async def _serve(
         waiting.cancel()
         for forever in (meeting, watching):
             if forever.done():
-                forever.result()  # It ends by a fault alone: a guard that doesn't watch its leases must not go on.
+                # It ends by a fault alone: a guard that doesn't watch its leases must not go on. Its kernels may.
+                supervising.cancel()
+                forever.result()
     finally:
         logger.info("stopping")
         ready.unlink(missing_ok=True)
@@ -122,13 +124,15 @@ async def _serve(
         meeting.cancel()
         watching.cancel()
         await guard.stop()
-        await supervising
-        await sockets.close_all(remove=companion is not None)
+        with contextlib.suppress(asyncio.CancelledError):
+            await supervising
+        kernels_ended = companion is not None and not supervising.cancelled()
+        await sockets.close_all(remove=kernels_ended)
         server.should_exit = True
         await serving
         await control.stop()
         guard.database.close()
-        if companion is not None:
+        if kernels_ended:
             shutil.rmtree(config.runtime_dir / "g", ignore_errors=True)
 
 

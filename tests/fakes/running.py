@@ -67,6 +67,7 @@ class RunningCloister:
     process: subprocess.Popen[bytes]
     url: str
     trust: Path
+    groups: list[int] = field(default_factory=list)
     sessions: dict[str, cloister.session.Session] = field(default_factory=dict)
     passwords: dict[str, str] = field(default_factory=lambda: {"admin": ADMIN_PASSWORD})
 
@@ -125,6 +126,7 @@ class RunningCloister:
         self.sign_out()
         again = start(self.base, self.runtime, self.base / "cloister.toml", *arguments)
         self.process, self.url, self.trust = again.process, again.url, again.trust
+        self.groups += again.groups
 
     def sign_out(self) -> None:
         for session in self.sessions.values():
@@ -174,7 +176,7 @@ def start(base: Path, runtime: Path, config: Path, *arguments: str) -> RunningCl
             raise AssertionError("cloister serve didn't start:\n" + (base / "serve.log").read_text()[-4000:])
         time.sleep(0.02)
     found = json.loads(ready.read_text())
-    return RunningCloister(base, runtime, process, found["url"], Path(found["trust"]))
+    return RunningCloister(base, runtime, process, found["url"], Path(found["trust"]), [process.pid])
 
 
 @contextlib.contextmanager
@@ -198,6 +200,10 @@ def running_cloister(extra: str = "", state: Path | None = None) -> Iterator[Run
             found.sign_out()
             if found.process.poll() is None:
                 found.stop()
+            for group in found.groups:
+                # A guard that was killed has left its kernel service to the next one.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(group, signal.SIGKILL)
         if before is None:
             del os.environ["CLOISTER_HOME"]
         else:
