@@ -11,7 +11,7 @@ from cloister_data.errors import ConflictError, UnreachableError
 
 T = TypeVar("T")
 
-PAUSES = (0.5, 2.0, 6.0)
+PAUSES = (0.5, 2.0, 6.0, 12.0)
 """Seconds before each further attempt: long enough for a cloister that is started again."""
 
 

@@ -186,7 +186,7 @@ class Transport:
             if isinstance(error, (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)):
                 raise UnreachableError(
                     "The connection to the cloister broke before its answer had come.",
-                    why=f"{error or type(error).__name__}. The cloister may have restarted; perhaps it did what was asked.",
+                    why=f"{error or type(error).__name__}. The cloister may have restarted.",
                     next_step="Try again: the same request, with its id, is never charged twice.",
                 ) from error
             raise UnreachableError(

@@ -180,10 +180,13 @@ def start(base: Path, runtime: Path, config: Path, *arguments: str) -> RunningCl
 
 
 @contextlib.contextmanager
-def running_cloister(extra: str = "", state: Path | None = None) -> Iterator[RunningCloister]:
+def running_cloister(
+    extra: str = "", state: Path | None = None, listen: str = "127.0.0.1:0", arguments: tuple[str, ...] = ()
+) -> Iterator[RunningCloister]:
     """A cloister in directories of its own, which are gone afterwards, as are all its processes.
 
-    `state` may name another place for the state directory.
+    `state` may name another place for the state directory; with a port in `listen` its clients find it again after a
+    restart. `arguments` are `cloister serve`'s.
     """
     base = Path(tempfile.mkdtemp(prefix="clo-state-"))
     runtime = Path(tempfile.mkdtemp(prefix="clo-run-"))
@@ -193,7 +196,7 @@ def running_cloister(extra: str = "", state: Path | None = None) -> Iterator[Run
     try:
         if state is not None:
             (base / "state").symlink_to(state)
-        found = start(base, runtime, write_config(base, runtime, extra=extra))
+        found = start(base, runtime, write_config(base, runtime, listen=listen, extra=extra), *arguments)
         yield found
     finally:
         if found is not None:
