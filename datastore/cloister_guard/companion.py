@@ -8,9 +8,9 @@ import os
 import signal
 import socket
 import struct
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import structlog
 from pydantic import ValidationError
@@ -47,40 +47,30 @@ async def stay_met(kernels: Kernels, sockets: KernelSockets) -> None:
         await asyncio.sleep(pause)
 
 
-class _Process(Protocol):
-    """A kernel service's process."""
+class _Service:
+    """A running kernel service. Held by a descriptor: its number could become another process's."""
 
-    async def wait(self) -> int | None: ...
-
-    def send_signal(self, number: int) -> None: ...
-
-
-class _Found:
-    """A kernel service that an earlier guard started. Held by a descriptor: its number could become another's."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._ended = asyncio.Event()
+    def __init__(self, descriptor: int, child: subprocess.Popen[bytes] | None = None) -> None:
+        self._descriptor, self._child = descriptor, child
+        self.ended = asyncio.Event()
+        self.code: int | None = None
         # A descriptor of a process is readable once it has ended (pidfd_open(2)).
         asyncio.get_running_loop().add_reader(descriptor, self._on_end)
 
     def _on_end(self) -> None:
         asyncio.get_running_loop().remove_reader(self._descriptor)
         os.close(self._descriptor)
-        self._ended.set()
-
-    async def wait(self) -> int | None:
-        """None: only its parent could know the code."""
-        await self._ended.wait()
-        return None
+        if self._child is not None:
+            self.code = self._child.wait()
+        self.ended.set()
 
     def send_signal(self, number: int) -> None:
-        if not self._ended.is_set():
+        if not self.ended.is_set():
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._descriptor, number)
 
 
-def _find(service_socket: Path) -> _Found | None:
+def _find(service_socket: Path) -> _Service | None:
     """The kernel service that listens there, if one does: this user's or root's."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         try:
@@ -89,7 +79,7 @@ def _find(service_socket: Path) -> _Found | None:
             pid, uid, _ = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
             if pid <= 0 or uid not in (0, os.geteuid()):
                 return None
-            return _Found(os.pidfd_open(pid))
+            return _Service(os.pidfd_open(pid))
         except OSError:
             return None
 
@@ -117,33 +107,45 @@ def _why(service_socket: Path) -> CloisterError:
         path.unlink(missing_ok=True)
 
 
+async def _start(command: Sequence[str]) -> _Service:
+    # Not asyncio's own way, which kills its children where a guard ends by a fault.
+    child = await asyncio.to_thread(subprocess.Popen, command, stdin=subprocess.DEVNULL)
+    return _Service(os.pidfd_open(child.pid), child)
+
+
 async def supervise(command: Sequence[str], service_socket: Path, stop: asyncio.Event) -> None:
     """Keep a kernel service running until `stop`, from one that runs already; end it then, and wait for it.
 
-    Raises ConfigurationError where this machine can't run one: kernels can't be confined, for example.
+    Cancelled, it leaves the service as it is, as a guard does that is killed. Raises ConfigurationError where this
+    machine can't run one: where kernels can't be confined, for example.
     """
     while not stop.is_set():
-        process: _Process | None = _find(service_socket)
-        if process is None:
-            process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL)
+        service = _find(service_socket)
+        if service is None:
+            service = await _start(command)
         else:
-            logger.info("a kernel service runs already; its kernels are taken over")
-        ended = asyncio.create_task(process.wait())
-        stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait({ended, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        if not ended.done():
-            process.send_signal(signal.SIGTERM)
+            logger.info("a kernel service runs already: its kernels are taken over")
+        await _first(service.ended, stop)
+        if not service.ended.is_set():
+            service.send_signal(signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STOP_SECONDS):
-                    await asyncio.shield(ended)
-        if not ended.done():
-            process.send_signal(signal.SIGKILL)
-        code = await ended
-        if code == MISCONFIGURED and not stop.is_set():
+                    await service.ended.wait()
+        service.send_signal(signal.SIGKILL)
+        await service.ended.wait()
+        if service.code == MISCONFIGURED and not stop.is_set():
             raise _why(service_socket)
         if not stop.is_set():
-            logger.error("the kernel service ended", code=code)
+            logger.error("the kernel service ended", code=service.code)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(RESTART_SECONDS):
                     await stop.wait()
+
+
+async def _first(*events: asyncio.Event) -> None:
+    waiting = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in waiting:
+            task.cancel()

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import get_args
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
@@ -24,6 +25,7 @@ from prometheus_client.registry import Collector
 from cloister_budget.entries import COARSE_SECONDS
 from cloister_data import errors
 from cloister_data.errors import CloisterError
+from cloister_data.kernels import EndingKind, KernelFigures
 from cloister_data.policy import Platform
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -43,7 +45,10 @@ ATTEST = "/.well-known/attest"
 
 @dataclass(frozen=True)
 class Figures:
-    """What stands at a moment. `entries` are the audit log's; None where the database doesn't answer."""
+    """What stands at a moment. `entries` are the audit log's; None where the database doesn't answer.
+
+    `service` is what the kernel service said last; None where it doesn't answer.
+    """
 
     query_workers: int
     job_workers: int
@@ -51,6 +56,8 @@ class Figures:
     uploads: int
     kernels: int
     entries: int | None
+    service: KernelFigures | None = None
+    service_starts: int = 0
 
 
 class Metrics(Collector):
@@ -111,6 +118,7 @@ class Metrics(Collector):
             yield GaugeMetricFamily(f"cloister_{name}", said, value=value)
         if now.entries is not None:
             yield GaugeMetricFamily("cloister_log_entries", "Entries in the audit log.", value=now.entries)
+        yield from _of_kernels(now.service, now.service_starts)
         yield CounterMetricFamily("cloister_evidence_served", "Answers with fresh evidence.", value=self._evidence)
         sign_ins = (((outcome,), count) for outcome, count in self._sign_ins.items())
         yield _counted("sign_ins", "Sign-ins by outcome.", ("outcome",), sign_ins)
@@ -118,6 +126,27 @@ class Metrics(Collector):
         yield _counted("refusals", "Requests that were answered with a problem, by its code.", ("code",), refusals)
         labels = ("route", "method", "status")
         yield _counted("http_requests", "Requests by route and class of status.", labels, self._requests.items())
+
+
+def _of_kernels(service: KernelFigures | None, starts: int) -> Iterator[Metric]:
+    """What the kernel service reports; its counters start anew with it, as Prometheus expects of counters."""
+    up = int(service is not None)
+    yield GaugeMetricFamily("cloister_kernel_service_up", "1 where the kernel service answers.", value=up)
+    said = "Starts of the kernel service that this guard has met."
+    yield CounterMetricFamily("cloister_kernel_service_starts", said, value=starts)
+    if service is None:
+        return
+    states = (("running", service.running), ("starting", service.starting), ("warm", service.warm))
+    kernels = GaugeMetricFamily("cloister_kernels", "Notebook kernels by state.", labels=["state"])
+    for state, count in states:
+        kernels.add_metric([state], count)
+    yield kernels
+    said = "Memory that the notebook kernels hold."
+    yield GaugeMetricFamily("cloister_kernels_memory_bytes", said, value=service.memory_bytes)
+    said = "Notebook kernels that were started."
+    yield CounterMetricFamily("cloister_kernels_started", said, value=service.started)
+    ended = (((reason,), service.ended.get(reason, 0)) for reason in get_args(EndingKind))
+    yield _counted("kernels_ended", "Notebook kernels that ended, by reason.", ("reason",), ended)
 
 
 def _counted(

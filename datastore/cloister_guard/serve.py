@@ -18,7 +18,7 @@ from pathlib import Path
 import structlog
 
 from cloister_attest.collect import simulated_hardware
-from cloister_data.errors import ConfigurationError
+from cloister_data.errors import CloisterError, ConfigurationError
 from cloister_guard.companion import answering, stay_met, supervise
 from cloister_guard.config import GuardConfig
 from cloister_guard.control import ControlServer
@@ -93,10 +93,11 @@ async def _serve(
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if name != signal.SIGHUP or signal.getsignal(name) is not signal.SIG_IGN:
             loop.add_signal_handler(name, stop.set)
+    # It starts beside the guard.
     supervising = asyncio.create_task(
         stop.wait() if companion is None else supervise(companion, config.service_socket, stop)
     )
-    await asyncio.sleep(0)  # it starts beside the guard
+    await asyncio.sleep(0)
     try:
         guard = Guard(config)
         guard.recover(restore)
@@ -122,7 +123,9 @@ async def _serve(
         waiting.cancel()
         for forever in (meeting, watching):
             if forever.done():
-                forever.result()  # It ends by a fault alone: a guard that doesn't watch its leases must not go on.
+                # It ends by a fault alone: a guard that doesn't watch its leases must not go on. Its kernels may.
+                supervising.cancel()
+                forever.result()
     finally:
         logger.info("stopping")
         ready.unlink(missing_ok=True)
@@ -131,14 +134,15 @@ async def _serve(
         watching.cancel()
         await guard.stop()
         (ended,) = await asyncio.gather(supervising, return_exceptions=True)
-        await sockets.close_all(remove=companion is not None)
+        kernels_ended = companion is not None and not supervising.cancelled()
+        await sockets.close_all(remove=kernels_ended)
         server.should_exit = True
         await serving
         await control.stop()
         guard.database.close()
-        if companion is not None:
+        if kernels_ended:
             shutil.rmtree(config.runtime_dir / "g", ignore_errors=True)
-    if isinstance(ended, BaseException):
+    if isinstance(ended, CloisterError):
         raise ended
 
 

@@ -11,8 +11,8 @@ from cloister_data.errors import ConflictError, UnreachableError
 
 T = TypeVar("T")
 
-PAUSES = (0.5, 2.0)
-"""Seconds before the second and the third attempt."""
+PAUSES = (0.5, 2.0, 6.0, 12.0)
+"""Seconds before each further attempt: long enough for a cloister that is started again."""
 
 
 def request_id() -> str:

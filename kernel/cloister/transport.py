@@ -183,6 +183,12 @@ class Transport:
                     why="The cloister was restarted, or somebody stands in between.",
                     next_step="Open a new session: it verifies the evidence again. In a notebook, restart the kernel.",
                 ) from error
+            if isinstance(error, (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)):
+                raise UnreachableError(
+                    "The connection to the cloister broke before its answer had come.",
+                    why=f"{error or type(error).__name__}. The cloister may have restarted.",
+                    next_step="Try again: the same request, with its id, is never charged twice.",
+                ) from error
             raise UnreachableError(
                 "The cloister can't be reached.",
                 why=f"{error or type(error).__name__}.",

@@ -79,7 +79,13 @@ def serving(config: Path, state_dir: Path, log: Path, *options: str) -> Iterator
                 )
             time.sleep(0.05)
         found = json.loads(ready.read_text("utf-8"))
-        yield Served(found["url"], Path(found["trust"]), process)
+        try:
+            yield Served(found["url"], Path(found["trust"]), process)
+        finally:
+            if process.poll() is not None:
+                # A guard that ended by itself has left its kernel service to the next one, which won't come.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)
 
 
 def last_words(log: Path) -> str:

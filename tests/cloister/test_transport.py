@@ -166,8 +166,8 @@ def test_a_call_names_what_it_receives():
     ("raised", "kind", "text"),
     [
         (httpx.ConnectError("refused"), UnreachableError, "can't be reached"),
-        (httpx.ReadError("reset"), UnreachableError, "can't be reached"),
-        (httpx.RemoteProtocolError("garbage"), UnreachableError, "can't be reached"),
+        (httpx.ReadError("reset"), UnreachableError, "never charged twice"),
+        (httpx.RemoteProtocolError("garbage"), UnreachableError, "may have restarted"),
         (httpx.ReadTimeout("slow"), UnreachableError, "never charged twice"),
         (httpx.DecodingError("gzip"), UnreachableError, "can't be reached"),
         (httpx.ConnectTimeout("slow"), UnreachableError, "in time"),

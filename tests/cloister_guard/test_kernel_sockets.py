@@ -33,10 +33,7 @@ def test_a_kernel_that_only_connects_takes_a_bounded_part_of_the_guards_descript
         )
         caller: Any = SimpleNamespace(user="ann")
         sockets = KernelSockets(guard)
-        greedy, other = (
-            await sockets.open("a", os.geteuid(), caller, "s"),
-            await sockets.open("b", os.geteuid(), caller, "s"),
-        )
+        greedy, other = [await sockets.open(kernel, os.geteuid(), caller, "s") for kernel in ("a", "b")]
         before = len(os.listdir("/proc/self/fd"))
         held = [await asyncio.open_unix_connection(greedy) for _ in range(KERNEL_CONNECTIONS + 100)]
         refused = held[KERNEL_CONNECTIONS:]

@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from cloister_data.datasets import Declaration
 from cloister_data.framing import pack_body
 from cloister_data.identity import LoginRequest, NewUser, Role
+from cloister_data.kernels import EndingKind, KernelFigures
 from cloister_data.owner import public_bytes, sign_policy
 from cloister_data.statistics import QueryRequest, Question
 from cloister_guard.config import GuardConfig
@@ -36,6 +37,9 @@ from tests.fakes.documents import ROOT, table
 from tests.fakes.running import make_policy
 
 PASSWORD = "long enough"
+FIGURES = KernelFigures(
+    service="5" * 32, running=3, starting=1, warm=2, memory_bytes=4 << 30, started=9, ended={"memory": 5, "asked": 1}
+)
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
@@ -205,7 +209,7 @@ def test_labels_are_a_closed_set_whatever_is_asked(house: House) -> None:
             "route": templates(house) | {UNMATCHED, "/api/v1/openapi.json"}, "method": METHODS | {OTHER},
             "status": {*(f"{kind}xx" for kind in range(1, 6)), OTHER}, "code": CODES | {OTHER},
             "outcome": {"accepted", "failed"}, "pool": {"queries", "jobs"}, "version": {VERSION},
-            "platform": {"simulated"},
+            "platform": {"simulated"}, "state": {"running", "starting", "warm"}, "reason": set(get_args(EndingKind)),
         }  # fmt: skip
         for _, labels in series(text):
             for name, found in labels:
@@ -321,6 +325,7 @@ def test_the_librarys_own_registry_is_left_alone(house: House) -> None:
 
 def test_the_runbook_names_every_metric_and_its_labels(house: House) -> None:
     async def scenario() -> str:
+        house.guard.kernels.figures = FIGURES
         async with house.client("root") as admin:
             await admin.get("/nothing")
             return await house.metrics(admin)
@@ -330,6 +335,26 @@ def test_the_runbook_names_every_metric_and_its_labels(house: House) -> None:
         found.setdefault(name, set()).update(label for label, _ in labels)
     rows = table(ROOT / "deploy" / "runbook.md", "metric")
     assert {row[0]: set(filter(None, row[1].split(", "))) for row in rows} == found
+
+
+def test_the_kernels_are_told_while_their_service_answers(house: House) -> None:
+    async def scenario() -> None:
+        kernels = house.guard.kernels
+        async with house.client("root") as admin:
+            text = await house.metrics(admin)
+            assert value(text, "kernel_service_up") == value(text, "kernel_service_starts_total") == 0
+            assert "cloister_kernels_memory_bytes" not in text
+            kernels.figures, kernels.services = FIGURES, 2
+            text = await house.metrics(admin)
+        assert value(text, "kernel_service_up") == 1
+        assert value(text, "kernel_service_starts_total") == 2
+        assert [value(text, "kernels", state=state) for state in ("running", "starting", "warm")] == [3, 1, 2]
+        assert value(text, "kernels_memory_bytes") == 4 << 30
+        assert value(text, "kernels_started_total") == 9
+        assert value(text, "kernels_ended_total", reason="memory") == 5
+        assert ("cloister_kernels_ended_total", (("reason", "idle"),)) in series(text)
+
+    asyncio.run(scenario())
 
 
 def test_every_route_that_is_counted_by_its_template_is_one(house: House) -> None:

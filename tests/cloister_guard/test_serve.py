@@ -54,7 +54,7 @@ async def broken(self):
     raise RuntimeError("nobody looks after the leases")
 
 Guard.watch = broken
-run(load_config(Path(sys.argv[1])), ["sleep", "60"])
+run(load_config(Path(sys.argv[1])), ["sleep", "3"])
 """
 
 

@@ -16,7 +16,8 @@ from tests.fakes.documents import ROOT, table
 DEPLOY = ROOT / "deploy"
 SAMPLE = DEPLOY / "cloister.toml"
 UNIT = DEPLOY / "cloister.service"
-UNITS = [UNIT, DEPLOY / "cloister-witness.service"]
+KERNELS = DEPLOY / "cloister-kernels.service"
+UNITS = [UNIT, KERNELS, DEPLOY / "cloister-witness.service"]
 HASH = "$argon2id$v=19$m=65536,t=3,p=4$c29tZXNhbHQ$YWJjZGVmZ2hpamtsbW5vcHFyc3R1dnd4eXo"
 
 
@@ -48,6 +49,8 @@ def test_the_sample_names_every_key_and_its_default(tmp_path: Path) -> None:
         "worker_memory_mb",
         "refusals_per_minute",
         "kernels_per_user",
+        "kernels_total",
+        "kernel_idle_seconds",
     ):
         assert getattr(full, name) == getattr(plain, name), f"the sample states another default for {name}"
 
@@ -59,8 +62,8 @@ def test_a_key_that_is_not_known_is_refused(tmp_path: Path) -> None:
         load_config(wrong)
 
 
-def directives() -> dict[str, str]:
-    lines = (line for line in UNIT.read_text("utf-8").splitlines() if "=" in line and not line.startswith("#"))
+def directives(unit: Path = UNIT) -> dict[str, str]:
+    lines = (line for line in unit.read_text("utf-8").splitlines() if "=" in line and not line.startswith("#"))
     return dict(line.split("=", 1) for line in lines)
 
 
@@ -70,9 +73,25 @@ def test_the_unit_and_the_sample_agree() -> None:
     assert unit["StateDirectoryMode"] == "0700"
     assert config.runtime_dir == Path("/run") / unit["RuntimeDirectory"]
     assert unit["RuntimeDirectoryMode"] == "0711"
-    assert unit["ExecStart"].endswith(f" serve --config /etc/{unit['ConfigurationDirectory']}/cloister.toml")
+    configuration = f"--config /etc/{unit['ConfigurationDirectory']}/cloister.toml"
+    assert unit["ExecStart"].endswith(f" serve {configuration} --kernels-apart")
     runbook = (DEPLOY / "runbook.md").read_text("utf-8")
     assert unit["ExecStart"].split()[0].removesuffix("/bin/cloister") in runbook
+
+
+def test_the_two_units_share_their_places_and_nothing_else() -> None:
+    guard, kernels = directives(), directives(KERNELS)
+    for shared in ("ConfigurationDirectory", "RuntimeDirectory", "RuntimeDirectoryMode", "RuntimeDirectoryPreserve"):
+        assert guard[shared] == kernels[shared]
+    assert guard["RuntimeDirectoryPreserve"] == "yes", "the stop of one would take the other's sockets away"
+    assert kernels["ExecStart"] == guard["ExecStart"].replace("serve", "kernels").removesuffix(" --kernels-apart")
+    assert KERNELS.name in guard["Wants"]
+    assert KERNELS.name in guard["After"]
+    text = UNIT.read_text("utf-8") + KERNELS.read_text("utf-8")
+    assert not re.search("^(Requires|Requisite|BindsTo|PartOf|Upholds)=", text, re.M), "a restart of one ends the other"
+    assert guard["CapabilityBoundingSet"] == "CAP_CHOWN"
+    assert kernels["InaccessiblePaths"] == f"-/var/lib/{guard['StateDirectory']}"
+    assert "StateDirectory" not in kernels
 
 
 def test_every_unit_is_in_the_runbook() -> None:

@@ -67,6 +67,7 @@ class RunningCloister:
     process: subprocess.Popen[bytes]
     url: str
     trust: Path
+    groups: list[int] = field(default_factory=list)
     sessions: dict[str, cloister.session.Session] = field(default_factory=dict)
     passwords: dict[str, str] = field(default_factory=lambda: {"admin": ADMIN_PASSWORD})
 
@@ -125,6 +126,7 @@ class RunningCloister:
         self.sign_out()
         again = start(self.base, self.runtime, self.base / "cloister.toml", *arguments)
         self.process, self.url, self.trust = again.process, again.url, again.trust
+        self.groups += again.groups
 
     def sign_out(self) -> None:
         for session in self.sessions.values():
@@ -174,14 +176,17 @@ def start(base: Path, runtime: Path, config: Path, *arguments: str) -> RunningCl
             raise AssertionError("cloister serve didn't start:\n" + (base / "serve.log").read_text()[-4000:])
         time.sleep(0.02)
     found = json.loads(ready.read_text())
-    return RunningCloister(base, runtime, process, found["url"], Path(found["trust"]))
+    return RunningCloister(base, runtime, process, found["url"], Path(found["trust"]), [process.pid])
 
 
 @contextlib.contextmanager
-def running_cloister(extra: str = "", state: Path | None = None) -> Iterator[RunningCloister]:
+def running_cloister(
+    extra: str = "", state: Path | None = None, listen: str = "127.0.0.1:0", arguments: tuple[str, ...] = ()
+) -> Iterator[RunningCloister]:
     """A cloister in directories of its own, which are gone afterwards, as are all its processes.
 
-    `state` may name another place for the state directory.
+    `state` may name another place for the state directory; with a port in `listen` its clients find it again after a
+    restart. `arguments` are `cloister serve`'s.
     """
     base = Path(tempfile.mkdtemp(prefix="clo-state-"))
     runtime = Path(tempfile.mkdtemp(prefix="clo-run-"))
@@ -191,13 +196,17 @@ def running_cloister(extra: str = "", state: Path | None = None) -> Iterator[Run
     try:
         if state is not None:
             (base / "state").symlink_to(state)
-        found = start(base, runtime, write_config(base, runtime, extra=extra))
+        found = start(base, runtime, write_config(base, runtime, listen=listen, extra=extra), *arguments)
         yield found
     finally:
         if found is not None:
             found.sign_out()
             if found.process.poll() is None:
                 found.stop()
+            for group in found.groups:
+                # A guard that was killed has left its kernel service to the next one.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(group, signal.SIGKILL)
         if before is None:
             del os.environ["CLOISTER_HOME"]
         else:

@@ -43,6 +43,8 @@ async def _figures(guard: Guard) -> Figures:
         uploads=guard.upload_slots.borrowed_tokens,
         kernels=guard.kernels.registered,
         entries=await anyio.to_thread.run_sync(_entries, guard),
+        service=guard.kernels.figures,
+        service_starts=guard.kernels.services,
     )
 
 

@@ -67,7 +67,8 @@ class View:
 
     @property
     def readable(self) -> list[str]:
-        return [piece.path for piece in self.pieces]
+        """The pieces, and the directories that they lie in: Python lists those. Nothing else is in them here."""
+        return list(dict.fromkeys(path for piece in self.pieces for path in (os.path.dirname(piece.path), piece.path)))
 
 
 def package_sources() -> list[str]:
