@@ -13,7 +13,7 @@ import os
 
 from cloister_data import bpf
 from cloister_kernel.sandbox.layers import LayerError, need_no_new_privileges
-from cloister_kernel.sandbox.syscalls import ALLOWED, NUMBERS, REFUSED
+from cloister_kernel.sandbox.syscalls import ALLOWED, NUMBERS, REFUSED, UNSUPPORTED
 
 LAYER = "system-call filter"
 
@@ -142,6 +142,7 @@ def program(machine: str) -> bytes:
         )
     verdicts = {name: [bpf.instruction(bpf.RETURN, bpf.ALLOW)] for name in ALLOWED}
     verdicts |= {name: _refuse(errno.EPERM) for name in REFUSED}
+    verdicts |= {name: _refuse(errno.ENOTSUP) for name in UNSUPPORTED}
     verdicts |= _by_argument()
     answers = {number: verdicts[name] for name, number in NUMBERS[machine].items() if name in verdicts}
     ranges: list[tuple[int, list[bytes]]] = []
