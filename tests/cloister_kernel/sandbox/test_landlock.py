@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="NOT CHECKED: mounting
 
 # `probe.py free|confined BASE PORT`: prints one JSON object, name -> "works" or an error's name.
 PROBE = """
-import ctypes, errno, fcntl, json, os, signal, socket, subprocess, sys, termios
+import contextlib, ctypes, errno, fcntl, json, os, signal, socket, subprocess, sys, termios
 from cloister_kernel.process import no_new_privileges
 from cloister_kernel.sandbox import landlock
 
@@ -109,6 +108,8 @@ attempt("shared memory", shared)
 attempt("unix socket", lambda: connect(socket.AF_UNIX, base + "/guard/socket"))
 attempt("own child", lambda: subprocess.Popen(["/usr/bin/true"]).terminate())
 attempt("own abstract socket", lambda: socket.socket(socket.AF_UNIX).bind(f"\\0cloister-{os.getpid()}"))
+with contextlib.suppress(FileNotFoundError):
+    os.unlink(f"/dev/shm/cloister-node-{os.getpid()}")
 print(json.dumps(found))
 """
 
@@ -123,7 +124,7 @@ ROOT_REFUSED = dict.fromkeys(("character device", "block device", "device in shm
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Iterator[Path]:
+def base(tmp_path: Path) -> Path:
     for name in ("secret", "code", "home", "guard"):
         (tmp_path / name).mkdir()
     for name in ("secret/file", "code/file", "code/victim", "home/mine", "one"):
@@ -131,10 +132,7 @@ def base(tmp_path: Path) -> Iterator[Path]:
     for name in ("secret", "code", "home"):
         shutil.copy("/usr/bin/true", tmp_path / name / "true")
     (tmp_path / "home/link").symlink_to(tmp_path / "secret/file")
-    yield tmp_path
-    for left in Path("/dev/shm").glob("cloister-*"):
-        if left.name.startswith(("cloister-node-", "cloister-landlock-")):
-            left.unlink(missing_ok=True)
+    return tmp_path
 
 
 def probe(how: str, base: Path) -> dict[str, str]:
