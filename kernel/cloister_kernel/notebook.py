@@ -1,18 +1,48 @@
 """The notebook kernel: ipykernel on sockets that the spawner has bound and listens on already.
 
 The connection file's port numbers are the numbers of those descriptors. So the kernel never binds a name of its own,
-and nothing that it could put in a socket's place is ever connected to.
+and nothing that it could put in a socket's place is ever connected to. Under the sandbox's system-call filter there are
+no internet sockets either, so what ipykernel does over TCP on loopback goes over a Unix socket, or not at all.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import ipykernel.debugger
 import zmq
+from ipykernel.iostream import IOPubThread
 from ipykernel.kernelapp import IPKernelApp
+from zmq.eventloop.zmqstream import ZMQStream
+
+
+class OutputThread(IOPubThread):
+    """ipykernel's thread for output, that hears forked children (multiprocessing) over a Unix socket.
+
+    libzmq makes it in a directory of mode 0700 in TMPDIR, and removes it when the kernel ends.
+    """
+
+    def _setup_pipe_in(self) -> None:
+        self._pipe_uuid = os.urandom(16)
+        pipe = self.socket.context.socket(zmq.PULL)
+        pipe.linger = 0
+        pipe.bind("ipc://*")
+        self._pipe_address = pipe.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._pipe_in = ZMQStream(pipe, self.io_loop)
+        self._pipe_in.on_recv(self._handle_pipe_msg)
+
+    def _setup_pipe_out(self) -> tuple[zmq.Context[Any], zmq.Socket[Any]]:
+        # A context of the child's own; it sends, and waits up to 3 s until that has left.
+        context = zmq.Context()
+        pipe = context.socket(zmq.PUSH)
+        pipe.linger = 3000
+        pipe.connect(self._pipe_address)
+        return context, pipe
+
 
 PACKAGES = ".cloister/packages"
 """Where `%cloister pip install` puts packages, below the home."""
@@ -31,9 +61,31 @@ class NotebookApp(IPKernelApp):
     def init_heartbeat(self) -> None:
         self.heartbeat = None
 
+    def init_iopub(self, context: zmq.Context[Any]) -> None:
+        # As ipykernel does it, but for the thread's class.
+        self.iopub_socket = context.socket(zmq.XPUB)
+        self.iopub_socket.linger = 1000
+        self.iopub_port = self._try_bind_socket(self.iopub_socket, self.iopub_port)
+        self.configure_tornado_logger()  # type: ignore[no-untyped-call]
+        self.iopub_thread = OutputThread(self.iopub_socket, pipe=True, session=self.session)  # type: ignore[no-untyped-call]
+        self.iopub_thread.start()  # type: ignore[no-untyped-call]
+        self.iopub_socket = self.iopub_thread.background_socket
+
+
+def internet_sockets() -> bool:
+    """Whether this process can make one; the sandbox's filter refuses them."""
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM).close()
+    except OSError:
+        return False
+    return True
+
 
 def run_for_user(connection_file: str, wait_for_user: Callable[[], dict[str, str]]) -> NoReturn:
     """Be a kernel, complete but for its user: `wait_for_user` gives the environment once there is one."""
+    if not internet_sockets():
+        # debugpy talks TCP. A kernel that offered it would leave every debugger waiting for an answer.
+        ipykernel.debugger._is_debugpy_available = False
     app: Any = NotebookApp.instance()
     app.initialize(["-f", connection_file])
     os.environ.update(wait_for_user())

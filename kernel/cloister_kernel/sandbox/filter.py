@@ -13,7 +13,7 @@ import os
 
 from cloister_data import bpf
 from cloister_kernel.sandbox.layers import LayerError, need_no_new_privileges
-from cloister_kernel.sandbox.syscalls import ALLOWED, NUMBERS, REFUSED
+from cloister_kernel.sandbox.syscalls import ALLOWED, NUMBERS, REFUSED, UNSUPPORTED
 
 LAYER = "system-call filter"
 
@@ -25,6 +25,9 @@ _AF_NETLINK = 16
 
 # asm-generic/ioctls.h: type into a terminal, paste into a console, load a line discipline.
 _TIOCSTI, _TIOCLINUX, _TIOCSETD = 0x5412, 0x541C, 0x5423
+# linux/sockios.h, linux/wireless.h: any socket passes these on to network devices, and some load modules (8021q,
+# bridge). The requests to sockets proper lie below.
+_DEVICE_REQUESTS_FIRST, _DEVICE_REQUESTS_END = 0x8910, 0x8C00
 
 _READ_PERSONALITY = 0xFFFFFFFF
 _MADV_MERGEABLE = 12
@@ -82,6 +85,18 @@ def _refuse_bits(argument: int, bits: int, number: int) -> list[bytes]:
     ]
 
 
+def _ioctl() -> list[bytes]:
+    refused = bpf.ERRNO | errno.EPERM
+    return [
+        bpf.instruction(bpf.LOAD, bpf.argument_low(1)),
+        *(each for request in (_TIOCSTI, _TIOCLINUX, _TIOCSETD) for each in bpf.answer(request, refused)),
+        bpf.instruction(bpf.JUMP_AT_LEAST, _DEVICE_REQUESTS_FIRST, 0, 2),
+        bpf.instruction(bpf.JUMP_AT_LEAST, _DEVICE_REQUESTS_END, 1, 0),
+        bpf.instruction(bpf.RETURN, refused),
+        bpf.instruction(bpf.RETURN, bpf.ALLOW),
+    ]
+
+
 def _by_argument() -> dict[str, list[bytes]]:
     """The calls whose arguments decide."""
     refused = bpf.ERRNO | errno.EPERM
@@ -91,7 +106,7 @@ def _by_argument() -> dict[str, list[bytes]]:
         "clone": _refuse_bits(0, _CLONE_NEW, errno.EPERM),
         "socket": family,
         "socketpair": family,
-        "ioctl": _match(1, {_TIOCSTI: refused, _TIOCLINUX: refused, _TIOCSETD: refused}, bpf.ALLOW),
+        "ioctl": _ioctl(),
         "personality": _match(0, {0: bpf.ALLOW, _READ_PERSONALITY: bpf.ALLOW}, refused),
         "prctl": _match(0, dict.fromkeys(_PRCTL, bpf.ALLOW), bpf.ERRNO | errno.EINVAL),
         "mknod": _refuse_bits(1, _S_DEVICE_BIT, errno.EPERM),
@@ -127,6 +142,7 @@ def program(machine: str) -> bytes:
         )
     verdicts = {name: [bpf.instruction(bpf.RETURN, bpf.ALLOW)] for name in ALLOWED}
     verdicts |= {name: _refuse(errno.EPERM) for name in REFUSED}
+    verdicts |= {name: _refuse(errno.ENOTSUP) for name in UNSUPPORTED}
     verdicts |= _by_argument()
     answers = {number: verdicts[name] for name, number in NUMBERS[machine].items() if name in verdicts}
     ranges: list[tuple[int, list[bytes]]] = []

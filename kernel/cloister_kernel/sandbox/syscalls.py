@@ -1,8 +1,9 @@
 """Which system calls a notebook kernel may make, by purpose, and the numbers of all of them.
 
 ALLOWED is what Python, its subprocesses and the scientific packages use. REFUSED exists on every Linux and fails with
-EPERM, as it does for want of a capability. Whatever is in neither, known to Linux or not yet, fails with ENOSYS, as on
-a Linux that lacks it: programs fall back. Names that an architecture doesn't have are passed over there.
+EPERM, as it does for want of a capability; UNSUPPORTED fails with ENOTSUP. Whatever is in none of them, known to Linux
+or not yet, fails with ENOSYS, as on a Linux that lacks it: programs fall back. Names that an architecture doesn't have
+are passed over there.
 """
 
 from __future__ import annotations
@@ -64,13 +65,16 @@ _REFUSED_BY_REASON = {
         adjtimex clock_adjtime""",
     "other identities": """
         setuid setgid setreuid setregid setresuid setresgid setfsuid setfsgid setgroups capset""",
-    "labels on files": "setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr",
     "message queues": """
         msgget msgsnd msgrcv msgctl mq_open mq_unlink mq_timedsend mq_timedreceive mq_notify mq_getsetattr""",
 }
 
+# Labels on files: programs that copy files take ENOTSUP, but not EPERM, for "can't be had here".
+_UNSUPPORTED = "setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr"
+
 ALLOWED = frozenset(" ".join(_ALLOWED_BY_PURPOSE.values()).split())
 REFUSED = frozenset(" ".join(_REFUSED_BY_REASON.values()).split())
+UNSUPPORTED = frozenset(_UNSUPPORTED.split())
 
 # Runs of consecutive numbers (asm/unistd_64.h), each from its first.
 _X86_64 = {

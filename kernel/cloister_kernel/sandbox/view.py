@@ -68,7 +68,8 @@ class View:
     @property
     def readable(self) -> list[str]:
         """The pieces, and the directories that they lie in: Python lists those. Nothing else is in them here."""
-        return list(dict.fromkeys(path for piece in self.pieces for path in (os.path.dirname(piece.path), piece.path)))
+        parents = dict.fromkeys(os.path.dirname(piece.path) for piece in self.pieces)
+        return [*(path for path in parents if path != "/"), *(piece.path for piece in self.pieces)]
 
 
 def package_sources() -> list[str]:
