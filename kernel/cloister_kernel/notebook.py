@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -87,7 +88,11 @@ def run_for_user(connection_file: str, wait_for_user: Callable[[], dict[str, str
         # debugpy talks TCP. A kernel that offered it would leave every debugger waiting for an answer.
         ipykernel.debugger._is_debugpy_available = False
     app: Any = NotebookApp.instance()
-    app.initialize(["-f", connection_file])
+    try:
+        app.initialize(["-f", connection_file])
+    except BaseException:
+        traceback.print_exc()
+        os._exit(70)  # EX_SOFTWARE; its threads would keep it from ending
     os.environ.update(wait_for_user())
     os.chdir(os.environ["HOME"])
     # Last, so that nothing in it can take the place of a package of the image.

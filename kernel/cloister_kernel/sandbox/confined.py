@@ -294,5 +294,6 @@ def _early_environment() -> dict[str, str]:
         "HOME": HOME,
         "PATH": "/usr/bin:/bin",
         "LANG": "C.UTF-8",
+        "TMPDIR": "/tmp",  # noqa: S108 - the sandbox's own
         "IPYTHONDIR": "/tmp/.ipython",  # noqa: S108 - the sandbox's own
     }
