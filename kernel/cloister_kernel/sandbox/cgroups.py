@@ -28,8 +28,8 @@ from cloister_kernel.sandbox.layers import LayerError
 
 CONTROLLERS = ("memory", "pids", "cpu")
 PERIOD_MICROSECONDS = 100_000
-# What all kernels together weigh: a tenth of the guard's cgroup on v2. On v1, where each of the guard's processes counts
-# for itself, as much as one of them: with less, a busy machine would hardly run a kernel at all.
+# What all kernels together weigh: a tenth of the guard's cgroup on v2. On v1, where each of the guard's processes
+# counts for itself, as much as one of them: with less, a busy machine would hardly run a kernel at all.
 CPU_WEIGHT, CPU_SHARES = 10, 1024
 MOVES = 100
 

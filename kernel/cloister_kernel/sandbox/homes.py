@@ -238,8 +238,9 @@ class Homes:
 
 
 async def _finished(running: Sandboxed, what: str) -> None:
+    code = await running.process.wait()
     running.close()
-    if await running.process.wait() != 0:
+    if code != 0:
         raise UnavailableError(f"The home can't be {what}.", next_step="Try again; then tell the admin.")
 
 
