@@ -176,7 +176,8 @@ class KernelService:
         identifier = kernel.started.kernel
         code = await kernel.started.process.wait()
         memory = await asyncio.to_thread(self._memory.exceeded, kernel.started)
-        why = ending(code, kernel.cause, self._rules.periods, memory)
+        cause = kernel.cause or ("asked" if kernel.relay.asked_to_end else None)
+        why = ending(code, cause, self._rules.periods, memory)
         try:
             await self._spawner.end(kernel.started)
         except Exception as error:
