@@ -187,7 +187,8 @@ class KernelService:
             await self._control.end(identifier)
         except CloisterError as error:
             log("guard not told", kernel=identifier, error=error.code)
-            remove_socket(Path(kernel.started.guard_socket))
+        # A guard that is away, or hasn't met this kernel yet, leaves it.
+        remove_socket(Path(kernel.started.guard_socket))
         await kernel.relay.finish(code, why.text)
         kernel.exit_code, kernel.ended_at = code, time.monotonic()
         self._ended[why.kind] += 1
@@ -307,7 +308,7 @@ class KernelService:
 
 
 def remove_socket(path: Path) -> None:
-    """A kernel's guard socket and the directory of its own, where no guard is there to do it."""
+    """A dead kernel's guard socket, and the directory of its own."""
     with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)
         path.parent.rmdir()
