@@ -7,6 +7,7 @@ import contextlib
 import secrets
 from pathlib import Path
 
+from pydantic import ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from cloister_data.base import Wire
@@ -92,6 +93,12 @@ class Kernels:
                 answer = KernelAnswer.from_json(await read_frame(reader, MAX_JSON_FRAME))
         except (OSError, EOFError, TimeoutError) as error:
             raise UnavailableError("The kernel service broke off.", next_step="Try again.") from error
+        except ValidationError as error:
+            raise UnavailableError(
+                "The kernel service gave an answer that can't be read.",
+                why="It may be of another version.",
+                next_step="Restart the kernel service.",
+            ) from error
         if answer.problem is not None:
             raise from_problem(answer.problem)
         return answer

@@ -183,7 +183,8 @@ class KernelService:
         identifier = kernel.started.kernel
         code = self._spawner.exit_code(await kernel.started.process.wait())
         memory = await asyncio.to_thread(self._memory.exceeded, kernel.started)
-        why = ending(code, kernel.cause, self._rules.periods, memory)
+        cause = kernel.cause or ("asked" if kernel.relay.asked_to_end else None)
+        why = ending(code, cause, self._rules.periods, memory)
         try:
             await self._spawner.end(kernel.started)
         except Exception as error:
@@ -193,7 +194,8 @@ class KernelService:
             await self._control.end(identifier)
         except CloisterError as error:
             log("guard not told", kernel=identifier, error=error.code)
-            remove_socket(Path(kernel.started.guard_socket))
+        # A guard that is away, or hasn't met this kernel yet, leaves it.
+        remove_socket(Path(kernel.started.guard_socket))
         await kernel.relay.finish(code, why.text)
         kernel.exit_code, kernel.ended_at = code, time.monotonic()
         self._ended[why.kind] += 1
@@ -322,7 +324,7 @@ class KernelService:
 
 
 def remove_socket(path: Path) -> None:
-    """A kernel's guard socket and the directory of its own, where no guard is there to do it."""
+    """A dead kernel's guard socket, and the directory of its own."""
     with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)
         path.parent.rmdir()

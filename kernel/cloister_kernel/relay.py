@@ -19,7 +19,7 @@ from cloister_data.framing import Channel, ChannelFrame, FrameKind
 from cloister_kernel.activity import Activity
 from cloister_kernel.endings import exit_parts
 from cloister_kernel.link import Link
-from cloister_kernel.notices import stream
+from cloister_kernel.notices import shuts_down, stream
 from cloister_kernel.overflow import Overflow
 from cloister_kernel.pump import Send, carry
 from cloister_kernel.signing import DELIMITER, with_signature, without_signature
@@ -29,11 +29,18 @@ DRAIN_SECONDS = 3.0
 
 
 class KernelRelay:
-    """The relay of one kernel: it outlives the connections, and ends with the kernel's process."""
+    """The relay of one kernel: it outlives the connections, and ends with the kernel's process.
+
+    Attributes:
+        attached: whether a laptop is connected.
+        asked_to_end: whether a notebook told the kernel to end, as it does before a restart.
+        activity: whether the kernel is used.
+    """
 
     def __init__(self, context: zmq.asyncio.Context, paths: Mapping[Channel, str], key: bytes) -> None:
         self.link = Link()
         self.attached = False
+        self.asked_to_end = False
         self.activity = Activity()
         self._session = secrets.token_hex(16)
         self._key = key
@@ -76,6 +83,7 @@ class KernelRelay:
             return
         if frame.channel is Channel.SHELL:
             self.activity.asked(frame.parts)
+        self.asked_to_end |= shuts_down(frame.parts)
         message = with_signature(frame.parts, self._key)
         if message is not None:
             await self._sockets[frame.channel].send_multipart(message)

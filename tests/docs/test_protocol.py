@@ -250,9 +250,12 @@ def test_orders() -> None:
 
 
 def test_figures_in_the_text() -> None:
+    from cloister_guard.companion import MEET_SECONDS
     from cloister_guard.events import KEPT
     from cloister_guard.http.messages import MAX_JSON_BODY
     from cloister_guard.kernels import SUBPROTOCOL
+    from cloister_kernel.endings import MAX_TEXT
+    from cloister_kernel.kernels import GUARD_AWAY_SECONDS
     from cloister_kernel.link import MAX_OUTBOX_BYTES
     from cloister_kernel.pump import ACK_AFTER_SECONDS, ACK_EVERY_FRAMES
 
@@ -261,6 +264,9 @@ def test_figures_in_the_text() -> None:
     assert f"at most {MAX_JSON_BODY >> 20} MiB" in TEXT
     assert f"While {MAX_OUTBOX_BYTES >> 20} MiB or more wait" in TEXT
     assert f"`{SUBPROTOCOL}`" in TEXT
+    assert f"sent every {MEET_SECONDS:.0f} seconds" in TEXT
+    assert f"no guard has met for {GUARD_AWAY_SECONDS // 60:.0f} minutes" in TEXT
+    assert f"at most {MAX_TEXT} characters" in " ".join(TEXT.split())
 
 
 def test_launch_environment() -> None:
