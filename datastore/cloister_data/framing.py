@@ -12,7 +12,11 @@ from enum import IntEnum
 from cloister_data.errors import InvalidRequestError, TooLargeError
 
 MAX_JSON_FRAME = 1 << 20
-MAX_CHANNEL_FRAME = 256 << 20
+MAX_CHANNEL_MESSAGE = 256 << 20
+"""One Jupyter message, all its parts together."""
+MAX_SLICE = 1 << 20
+"""Above this size a message travels in slices: none holds up a connection, and one that breaks repeats little."""
+MAX_CHANNEL_FRAME = MAX_SLICE + 4096
 MAX_HEAD = 8 << 20
 MAX_PARTS = 4096
 
@@ -58,6 +62,16 @@ class FrameKind(IntEnum):
     EXIT = 3
 
 
+class Slice(IntEnum):
+    """Whether a DATA frame is a whole message, or a slice of one's packed parts that goes on in the next frame, or its
+    last slice. Slices of one message follow each other; the first is a FURTHER, too.
+    """
+
+    WHOLE = 0
+    FURTHER = 1
+    LAST = 2
+
+
 class Channel(IntEnum):
     SHELL = 0
     IOPUB = 1
@@ -71,7 +85,8 @@ class ChannelFrame:
 
     `sequence` counts this direction's DATA and EXIT frames from 1 (0 on HELLO and ACK); `acknowledged` is the highest
     sequence number that the sender has received from the other side without a gap. `parts` are the Jupyter message's
-    ZeroMQ parts with an empty signature; for EXIT one part, the exit code in decimal.
+    ZeroMQ parts with an empty signature, or one part that is a slice of what `pack_parts` makes of them; for EXIT one
+    part, the exit code in decimal.
     """
 
     kind: FrameKind
@@ -79,33 +94,55 @@ class ChannelFrame:
     sequence: int
     acknowledged: int
     parts: tuple[bytes, ...] = ()
+    slice: Slice = Slice.WHOLE
 
     def pack(self) -> bytes:
-        head = _CHANNEL_HEADER.pack(CHANNEL_VERSION, self.kind, self.channel, 0, self.sequence, self.acknowledged)
-        pieces = [head, _LENGTH.pack(len(self.parts))]
-        for part in self.parts:
-            pieces += (_LENGTH.pack(len(part)), part)
-        return b"".join(pieces)
+        head = _CHANNEL_HEADER.pack(
+            CHANNEL_VERSION, self.kind, self.channel, self.slice, self.sequence, self.acknowledged
+        )
+        return pack_parts(self.parts, head)
 
     @classmethod
     def unpack(cls, data: bytes) -> ChannelFrame:
         """Raises InvalidRequestError for anything but one whole frame."""
         try:
-            version, kind, channel, reserved, sequence, acknowledged = _CHANNEL_HEADER.unpack_from(data)
-            (count,) = _LENGTH.unpack_from(data, _CHANNEL_HEADER.size)
-            if version != CHANNEL_VERSION or reserved != 0 or count > MAX_PARTS:
+            version, kind, channel, part, sequence, acknowledged = _CHANNEL_HEADER.unpack_from(data)
+            if version != CHANNEL_VERSION:
                 raise InvalidRequestError("A kernel channel frame has a header of another version.")
-            offset = _CHANNEL_HEADER.size + _LENGTH.size
-            parts = []
-            for _ in range(count):
-                (length,) = _LENGTH.unpack_from(data, offset)
-                offset += _LENGTH.size
-                if offset + length > len(data):
-                    raise InvalidRequestError("A kernel channel frame ends inside a part.")
-                parts.append(data[offset : offset + length])
-                offset += length
-            if offset != len(data):
-                raise InvalidRequestError("A kernel channel frame has bytes after its end.")
-            return cls(FrameKind(kind), Channel(channel), sequence, acknowledged, tuple(parts))
+            parts = unpack_parts(data, _CHANNEL_HEADER.size)
+            frame = cls(FrameKind(kind), Channel(channel), sequence, acknowledged, parts, Slice(part))
         except (struct.error, ValueError) as error:
             raise InvalidRequestError("A kernel channel frame can't be read.") from error
+        if frame.slice is not Slice.WHOLE and (frame.kind is not FrameKind.DATA or len(parts) != 1):
+            raise InvalidRequestError("A kernel channel frame is a slice of nothing.")
+        return frame
+
+
+def pack_parts(parts: tuple[bytes, ...], head: bytes = b"") -> bytes:
+    """`head`, u32 number of parts, then each part after its u32 length."""
+    pieces = [head, _LENGTH.pack(len(parts))]
+    for part in parts:
+        pieces += (_LENGTH.pack(len(part)), part)
+    return b"".join(pieces)
+
+
+def unpack_parts(data: bytes, offset: int = 0) -> tuple[bytes, ...]:
+    """The parts that `data` holds from `offset` to its end. Raises InvalidRequestError."""
+    try:
+        (count,) = _LENGTH.unpack_from(data, offset)
+        if count > MAX_PARTS:
+            raise InvalidRequestError(f"A kernel's message has more than {MAX_PARTS} parts.")
+        offset += _LENGTH.size
+        parts = []
+        for _ in range(count):
+            (length,) = _LENGTH.unpack_from(data, offset)
+            offset += _LENGTH.size
+            if offset + length > len(data):
+                raise InvalidRequestError("A kernel channel frame ends inside a part.")
+            parts.append(data[offset : offset + length])
+            offset += length
+    except struct.error as error:
+        raise InvalidRequestError("A kernel channel frame ends inside its parts.") from error
+    if offset != len(data):
+        raise InvalidRequestError("A kernel channel frame has bytes after its end.")
+    return tuple(parts)

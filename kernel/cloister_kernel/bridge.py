@@ -33,6 +33,7 @@ from cloister_data.errors import (
     UnreachableError,
 )
 from cloister_data.framing import Channel, ChannelFrame, FrameKind
+from cloister_kernel.holdings import Holdings
 from cloister_kernel.link import LINK_ID_BYTES, Link
 from cloister_kernel.notices import Notices
 from cloister_kernel.pump import carry
@@ -41,6 +42,10 @@ from cloister_kernel.signing import DELIMITER, with_signature, without_signature
 FIRST_RETRY_SECONDS = 0.2
 LAST_RETRY_SECONDS = 5.0
 HELLO_SECONDS = 20.0
+LAPTOP_BYTES = 1 << 30
+"""What waits here for the network, or comes in, at most: above, the notebook's next message waits outside."""
+FULL_SECONDS = 0.1
+"""How often the bridge looks whether what waits for the network has become less."""
 WAITING = "The kernel runs on there; what you run here stays here until the machine is proven again."
 PROVEN = "Cloister: the machine is proven again; the kernel goes on."
 LOST_KERNEL = 70
@@ -171,7 +176,7 @@ class Bridge:
     async def _serve(self) -> None:
         self._main = asyncio.current_task()
         context = zmq.asyncio.Context()
-        link = Link(secrets.token_bytes(LINK_ID_BYTES))
+        link = Link(secrets.token_bytes(LINK_ID_BYTES), Holdings(LAPTOP_BYTES, LAPTOP_BYTES).holding())
         tasks = []
         try:
             self._bind(context)
@@ -223,7 +228,8 @@ class Bridge:
     async def _read(self, channel: Channel, link: Link) -> None:
         socket = self._sockets[channel]
         while True:
-            await link.room.wait()
+            while link.holding.over:  # noqa: ASYNC110 - it is over while the network is
+                await asyncio.sleep(FULL_SECONDS)
             parts = await socket.recv_multipart()
             if not self._authentic(parts):
                 self._log.warning("A local message without a valid signature was dropped.")

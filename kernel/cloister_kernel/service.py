@@ -23,7 +23,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import zmq.asyncio
 from pydantic import TypeAdapter, ValidationError
 
 from cloister_data.errors import (
@@ -46,6 +45,7 @@ from cloister_data.kernels import (
 )
 from cloister_kernel.control import ControlClient
 from cloister_kernel.frames import channel_frames, read_frame, write_frame
+from cloister_kernel.holdings import Holdings
 from cloister_kernel.process import die_with_parent
 from cloister_kernel.relay import KernelRelay
 from cloister_kernel.spawner import Spawner, Started
@@ -94,7 +94,7 @@ class KernelService:
         self._spawner, self._control, self._lease = spawner, control, lease
         self._kernels: dict[str, Kernel] = {}
         self._starting: dict[str, int] = {}
-        self._context = zmq.asyncio.Context()
+        self._holdings = Holdings()
 
     async def start(self, order: KernelStart) -> KernelView:
         alive = sum(1 for kernel in self._kernels.values() if kernel.user == order.user and kernel.exit_code is None)
@@ -124,7 +124,7 @@ class KernelService:
         except BaseException:
             self._spawner.give_uid_back(uid)
             raise
-        relay = KernelRelay(self._context, started.paths, started.key)
+        relay = KernelRelay(self._holdings, started.paths, started.key)
         kernel = Kernel(order.user, started, relay, int(time.time()), asyncio.Event(), seen_at=time.monotonic())
         self._kernels[identifier] = kernel
         kernel.watcher = asyncio.create_task(self._watch(kernel))
@@ -204,7 +204,6 @@ class KernelService:
         """End every kernel."""
         await asyncio.gather(*(self.end(kernel) for kernel in self._kernels.values()), return_exceptions=True)
         await asyncio.gather(*(kernel.relay.close() for kernel in self._kernels.values()), return_exceptions=True)
-        self._context.destroy(linger=0)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection from the guard."""
