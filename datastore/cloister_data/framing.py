@@ -14,9 +14,9 @@ from cloister_data.errors import InvalidRequestError, TooLargeError
 MAX_JSON_FRAME = 1 << 20
 MAX_CHANNEL_MESSAGE = 256 << 20
 """One Jupyter message, all its parts together."""
-MAX_SLICE = 1 << 20
+MAX_SLICE = 256 << 10
 """Above this size a message travels in slices: none holds up a connection, and one that breaks repeats little."""
-MAX_CHANNEL_FRAME = MAX_SLICE + 4096
+MAX_CHANNEL_FRAME = 2 * MAX_SLICE
 MAX_HEAD = 8 << 20
 MAX_PARTS = 4096
 
@@ -28,6 +28,11 @@ CHANNEL_VERSION = 1
 def pack_frame(payload: bytes) -> bytes:
     """u32 length, then the payload."""
     return _LENGTH.pack(len(payload)) + payload
+
+
+def frame_prefix(payload: bytes) -> bytes:
+    """The u32 length alone."""
+    return _LENGTH.pack(len(payload))
 
 
 def frame_length(prefix: bytes, limit: int) -> int:
@@ -63,8 +68,8 @@ class FrameKind(IntEnum):
 
 
 class Slice(IntEnum):
-    """Whether a DATA frame is a whole message, or a slice of one's packed parts that goes on in the next frame, or its
-    last slice. Slices of one message follow each other; the first is a FURTHER, too.
+    """Whether a DATA frame is a whole message, or a slice whose last part goes on in the next frame's first part, or a
+    message's last slice. Slices of one message follow each other; the first is a FURTHER, too.
     """
 
     WHOLE = 0
@@ -85,8 +90,7 @@ class ChannelFrame:
 
     `sequence` counts this direction's DATA and EXIT frames from 1 (0 on HELLO and ACK); `acknowledged` is the highest
     sequence number that the sender has received from the other side without a gap. `parts` are the Jupyter message's
-    ZeroMQ parts with an empty signature, or one part that is a slice of what `pack_parts` makes of them; for EXIT one
-    part, the exit code in decimal.
+    ZeroMQ parts with an empty signature, or some of them; for EXIT one part, the exit code in decimal.
     """
 
     kind: FrameKind
@@ -100,49 +104,32 @@ class ChannelFrame:
         head = _CHANNEL_HEADER.pack(
             CHANNEL_VERSION, self.kind, self.channel, self.slice, self.sequence, self.acknowledged
         )
-        return pack_parts(self.parts, head)
+        pieces = [head, _LENGTH.pack(len(self.parts))]
+        for part in self.parts:
+            pieces += (_LENGTH.pack(len(part)), part)
+        return b"".join(pieces)
 
     @classmethod
     def unpack(cls, data: bytes) -> ChannelFrame:
         """Raises InvalidRequestError for anything but one whole frame."""
         try:
-            version, kind, channel, part, sequence, acknowledged = _CHANNEL_HEADER.unpack_from(data)
-            if version != CHANNEL_VERSION:
+            version, kind, channel, slice, sequence, acknowledged = _CHANNEL_HEADER.unpack_from(data)
+            (count,) = _LENGTH.unpack_from(data, _CHANNEL_HEADER.size)
+            if version != CHANNEL_VERSION or count > MAX_PARTS:
                 raise InvalidRequestError("A kernel channel frame has a header of another version.")
-            parts = unpack_parts(data, _CHANNEL_HEADER.size)
-            frame = cls(FrameKind(kind), Channel(channel), sequence, acknowledged, parts, Slice(part))
+            offset = _CHANNEL_HEADER.size + _LENGTH.size
+            parts = []
+            for _ in range(count):
+                (length,) = _LENGTH.unpack_from(data, offset)
+                offset += _LENGTH.size
+                if offset + length > len(data):
+                    raise InvalidRequestError("A kernel channel frame ends inside a part.")
+                parts.append(data[offset : offset + length])
+                offset += length
+            if offset != len(data):
+                raise InvalidRequestError("A kernel channel frame has bytes after its end.")
+            if slice != Slice.WHOLE and (kind != FrameKind.DATA or not parts):
+                raise InvalidRequestError("A kernel channel frame is a slice of nothing.")
+            return cls(FrameKind(kind), Channel(channel), sequence, acknowledged, tuple(parts), Slice(slice))
         except (struct.error, ValueError) as error:
             raise InvalidRequestError("A kernel channel frame can't be read.") from error
-        if frame.slice is not Slice.WHOLE and (frame.kind is not FrameKind.DATA or len(parts) != 1):
-            raise InvalidRequestError("A kernel channel frame is a slice of nothing.")
-        return frame
-
-
-def pack_parts(parts: tuple[bytes, ...], head: bytes = b"") -> bytes:
-    """`head`, u32 number of parts, then each part after its u32 length."""
-    pieces = [head, _LENGTH.pack(len(parts))]
-    for part in parts:
-        pieces += (_LENGTH.pack(len(part)), part)
-    return b"".join(pieces)
-
-
-def unpack_parts(data: bytes, offset: int = 0) -> tuple[bytes, ...]:
-    """The parts that `data` holds from `offset` to its end. Raises InvalidRequestError."""
-    try:
-        (count,) = _LENGTH.unpack_from(data, offset)
-        if count > MAX_PARTS:
-            raise InvalidRequestError(f"A kernel's message has more than {MAX_PARTS} parts.")
-        offset += _LENGTH.size
-        parts = []
-        for _ in range(count):
-            (length,) = _LENGTH.unpack_from(data, offset)
-            offset += _LENGTH.size
-            if offset + length > len(data):
-                raise InvalidRequestError("A kernel channel frame ends inside a part.")
-            parts.append(data[offset : offset + length])
-            offset += length
-    except struct.error as error:
-        raise InvalidRequestError("A kernel channel frame ends inside its parts.") from error
-    if offset != len(data):
-        raise InvalidRequestError("A kernel channel frame has bytes after its end.")
-    return tuple(parts)

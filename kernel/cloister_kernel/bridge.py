@@ -42,6 +42,7 @@ from cloister_kernel.signing import DELIMITER, with_signature, without_signature
 FIRST_RETRY_SECONDS = 0.2
 LAST_RETRY_SECONDS = 5.0
 HELLO_SECONDS = 20.0
+COPIED_BYTES = 64 << 10
 LAPTOP_BYTES = 1 << 30
 """What waits here for the network, or comes in, at most: above, the notebook's next message waits outside."""
 FULL_SECONDS = 0.1
@@ -260,7 +261,9 @@ class Bridge:
             self._notices.answered(frame.parts)
         message = with_signature(frame.parts, self._address.key)
         if message is not None:
-            await self._sockets[frame.channel].send_multipart(message)
+            # Large ones aren't copied into ZeroMQ's own memory.
+            copy = sum(map(len, message)) < COPIED_BYTES
+            await self._sockets[frame.channel].send_multipart(message, copy=copy)
 
     async def _tell(self, notices: list[tuple[bytes, ...]]) -> None:
         for parts in notices:

@@ -21,8 +21,6 @@ from cloister_data.framing import (
     ChannelFrame,
     FrameKind,
     Slice,
-    pack_parts,
-    unpack_parts,
 )
 from cloister_kernel.holdings import Holding, Holdings
 from cloister_kernel.merging import Piece, joined
@@ -33,6 +31,8 @@ STREAM_SECONDS = 0.02
 """A cell's next piece of text waits so long after the last one for others to go with it. The first one never waits."""
 JOINED_BYTES = 256 << 10
 """A text of this size goes out as it is."""
+MESSAGE_MARGIN = 2 << 20
+"""For what `_size` counts beyond a message's own bytes."""
 _OVERHEAD, _PART_OVERHEAD = 400, 56
 """What Python needs for one message, and for one of its parts, beyond their bytes."""
 
@@ -84,8 +84,9 @@ class Link:
         self._acknowledged = 0  # by the other side; the numbered ones start at the number after it
         self._cursor = 0  # the last number sent on the present connection
         self._announced = 0  # the last `received` that was sent
-        self._slices: list[bytes] = []  # of the message that is coming in
-        self._sliced = 0  # their bytes, held
+        self._parts: list[bytes] = []  # of the message that is coming in slices
+        self._pieces: list[bytes] = []  # of its next part; empty where none is coming
+        self._coming = 0  # what both take, held
         self._streamed: tuple[tuple[bytes, ...] | None, float] = (None, 0.0)  # which piece was sent last, and when
 
     @property
@@ -203,25 +204,28 @@ class Link:
 
     def _assemble(self, frame: ChannelFrame) -> ChannelFrame | None:
         if frame.slice is Slice.WHOLE:
-            if self._slices:
+            if self._pieces:
                 raise InvalidRequestError("A message in slices isn't finished.")
             return frame
-        part = frame.parts[0]
-        if self._sliced + len(part) > MAX_CHANNEL_MESSAGE + 4 * MAX_PARTS + 4:
+        size = _size(frame.parts)
+        if self._coming + size > MAX_CHANNEL_MESSAGE + MESSAGE_MARGIN or len(self._parts) > MAX_PARTS:
             raise TooLargeError("A message in slices is larger than a kernel's channel carries.")
-        if not self.holding.take(len(part)):
+        if not self.holding.take(size):
             raise TooLargeError("There is no room for this message now.", next_step="Try again.")
-        self._slices.append(part)
-        self._sliced += len(part)
+        self._coming += size
+        self._pieces.append(frame.parts[0])
+        for part in frame.parts[1:]:
+            self._parts.append(b"".join(self._pieces))
+            self._pieces = [part]
         if frame.slice is Slice.FURTHER:
             return None
-        parts = unpack_parts(b"".join(self._slices))
+        parts = (*self._parts, b"".join(self._pieces))
         self._forget_slices()
         return ChannelFrame(frame.kind, frame.channel, frame.sequence, frame.acknowledged, parts)
 
     def _forget_slices(self) -> None:
-        self.holding.give(self._sliced)
-        self._slices, self._sliced = [], 0
+        self.holding.give(self._coming)
+        self._parts, self._pieces, self._coming = [], [], 0
 
     def next_frame(self) -> ChannelFrame | None:
         """The next frame to send on this connection, with the present acknowledgement, or None."""
@@ -291,13 +295,25 @@ class Link:
 
 def _slices(waiting: _Waiting) -> list[_Numbered]:
     parts = joined(waiting.parts, waiting.later)
-    if waiting.kind is not FrameKind.DATA or sum(len(part) + 4 for part in parts) <= MAX_SLICE - 64:
+    if sum(len(part) + 4 for part in parts) <= MAX_SLICE:
         return [_Numbered(waiting.kind, waiting.channel, parts, Slice.WHOLE, _size(parts))]
-    packed = pack_parts(parts)
-    cut = [(packed[at : at + MAX_SLICE],) for at in range(0, len(packed), MAX_SLICE)]
+    made: list[tuple[bytes, ...]] = []
+    frame: list[bytes] = []
+    room = MAX_SLICE
+    for part in parts:
+        rest = memoryview(part)
+        while len(rest) > room - 4:
+            cut = max(0, room - 4)
+            # Not copied: the memory is free again only when the last slice is, and so it is counted (`_prune`).
+            made.append((*frame, rest[:cut]))  # type: ignore[arg-type]
+            rest, frame, room = rest[cut:], [], MAX_SLICE
+        frame.append(rest)  # type: ignore[arg-type]
+        room -= len(rest) + 4
+    made.append(tuple(frame))
+    slices = [Slice.FURTHER] * (len(made) - 1) + [Slice.LAST]
     return [
-        _Numbered(waiting.kind, waiting.channel, part, Slice.LAST if part is cut[-1] else Slice.FURTHER, _size(part))
-        for part in cut
+        _Numbered(waiting.kind, waiting.channel, frame, slice, _size(frame))
+        for frame, slice in zip(made, slices, strict=True)
     ]
 
 

@@ -33,7 +33,7 @@ class Piece:
 
 def piece(kind: str, message: tuple[bytes, ...]) -> Piece | None:
     """`message` as a piece of a stream; None where it is none, or too large to be worth it."""
-    if kind != "stream" or len(message) != message.index(DELIMITER) + 6 or len(message[-1]) > MAX_PIECE:
+    if kind != "stream" or not _small(message):
         return None
     content = message[-1]
     start = next((start for start in _STREAMS if content.startswith(start)), None)
@@ -57,7 +57,7 @@ def replaces(kind: str, message: tuple[bytes, ...]) -> tuple[object, ...] | None
     shows in the end is the same; it never sees the states between, as after a reload.
     """
     mark = message.index(DELIMITER)
-    if kind not in ("update_display_data", "comm_msg") or len(message) != mark + 6 or len(message[-1]) > MAX_PIECE:
+    if kind not in ("update_display_data", "comm_msg") or not _small(message):
         return None
     content = _object(message[-1])
     parent = message[mark + 3]
@@ -72,6 +72,11 @@ def replaces(kind: str, message: tuple[bytes, ...]) -> tuple[object, ...] | None
     if data["method"] != "update" or data["buffer_paths"] or not isinstance(state, dict):
         return None
     return (kind, parent, comm, *sorted(state))
+
+
+def _small(message: tuple[bytes, ...]) -> bool:
+    """No buffers, and nothing that would be long to look at."""
+    return len(message) == message.index(DELIMITER) + 6 and sum(map(len, message)) <= MAX_PIECE
 
 
 def _object(document: bytes) -> dict[str, object]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import struct
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 from cloister_data.framing import MAX_CHANNEL_MESSAGE, MAX_PARTS
 
-BUFFER_BYTES = 1 << 18
+BUFFER_BYTES = 128 << 10
 SMALL_BYTES = 1 << 20
 """A message of so many bytes is always taken in; a larger one where there is room."""
 MAX_COMMAND = 4096
@@ -36,42 +37,48 @@ class Received:
 class ZmtpSocket:
     """A DEALER or SUB socket, connected to one kernel that listens already."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._input = _Input(connection)
+        self._sending = asyncio.Lock()
 
     @classmethod
     async def connect(cls, path: str, *, identity: bytes | None) -> ZmtpSocket:
-        """A DEALER of that identity; where it is None, a SUB that subscribes to everything. Raises OSError."""
-        reader, writer = await asyncio.open_unix_connection(path, limit=BUFFER_BYTES)
-        made = cls(reader, writer)
+        """A DEALER of that identity; where it is None, a SUB that subscribes to everything.
+
+        Returns when the kernel has said READY, which may take until it has started. Raises OSError.
+        """
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.setblocking(False)
+        made = cls(connection)
         try:
+            await asyncio.get_running_loop().sock_connect(connection, path)
             await made._shake_hands(b"SUB" if identity is None else b"DEALER", identity or b"")
             if identity is None:
                 await made.send([b"\x01"])
-        except asyncio.IncompleteReadError:
-            made.close()
-            raise ConnectionResetError("The kernel ended while it started.") from None
         except BaseException:
             made.close()
             raise
         return made
 
     async def _shake_hands(self, kind: bytes, identity: bytes) -> None:
-        """Returns when the kernel has said READY, which may take until it has started. Raises OSError, EOFError."""
         ready = b"\x05READY" + _property(b"Socket-Type", kind) + _property(b"Identity", identity)
-        self._writer.write(_GREETING + bytes([_COMMAND, len(ready)]) + ready)
-        greeting = await self._reader.readexactly(len(_GREETING))
+        await self._write(_GREETING + bytes([_COMMAND, len(ready)]) + ready)
+        greeting = await self._input.exactly(len(_GREETING))
         if greeting[0] != 0xFF or greeting[9] != 0x7F or greeting[10] < 3 or greeting[12:32] != _GREETING[12:32]:
             raise ConnectionError("The kernel doesn't speak ZMTP 3.")
-        flags = (await self._reader.readexactly(1))[0]
+        flags = (await self._input.exactly(1))[0]
         if not flags & _COMMAND:
             raise ConnectionError("The kernel doesn't shake hands.")
         await self._command(flags)
 
     async def send(self, parts: Sequence[bytes]) -> None:
-        """Raises ConnectionError where the kernel is gone. Waits while it doesn't read."""
-        self._writer.write(_frames(parts))
-        await self._writer.drain()
+        """Raises OSError where the kernel is gone. Waits while it doesn't read."""
+        await self._write(_frames(parts))
+
+    async def _write(self, data: bytes) -> None:
+        async with self._sending:
+            await asyncio.get_running_loop().sock_sendall(self._socket, data)
 
     async def messages(self, take: Callable[[int], bool], give: Callable[[int], None]) -> AsyncIterator[Received]:
         """What the kernel sends, until it ends or breaks the protocol.
@@ -80,7 +87,7 @@ class ZmtpSocket:
         channel's limits, the message's rest is read and forgotten. `give` takes back what a broken message had.
         """
         # A kernel that ends, or that speaks no ZMTP: either way nothing more comes.
-        with contextlib.suppress(asyncio.IncompleteReadError, OSError):
+        with contextlib.suppress(OSError):
             while True:
                 yield await self._message(take, give)
 
@@ -90,7 +97,7 @@ class ZmtpSocket:
         whole, more = True, True
         try:
             while more:
-                flags = (await self._reader.readexactly(1))[0]
+                flags = (await self._input.exactly(1))[0]
                 if flags & _COMMAND:
                     await self._command(flags)
                     continue
@@ -100,9 +107,9 @@ class ZmtpSocket:
                     whole = take(size + length - taken)
                     taken = size + length if whole else taken
                 if not whole:
-                    await self._skip(length)
+                    await self._input.skip(length)
                     continue
-                parts.append(await self._reader.readexactly(length))
+                parts.append(await self._input.exactly(length))
                 size += length
         except BaseException:
             give(taken)
@@ -112,22 +119,57 @@ class ZmtpSocket:
     async def _command(self, flags: int) -> None:
         if (length := await self._length(flags)) > MAX_COMMAND:
             raise ConnectionError("The kernel sent a command that is none.")
-        await self._reader.readexactly(length)
+        await self._input.exactly(length)
 
     async def _length(self, flags: int) -> int:
         if flags & _LONG:
-            return int(_SIZE.unpack(await self._reader.readexactly(8))[0])
-        return (await self._reader.readexactly(1))[0]
-
-    async def _skip(self, length: int) -> None:
-        while length:
-            data = await self._reader.read(min(length, BUFFER_BYTES))
-            if not data:
-                raise ConnectionResetError("The kernel ended inside a message.")
-            length -= len(data)
+            return int(_SIZE.unpack(await self._input.exactly(8))[0])
+        return (await self._input.exactly(1))[0]
 
     def close(self) -> None:
-        self._writer.transport.abort()
+        self._socket.close()
+
+
+class _Input:
+    """What comes from one socket, through a buffer of a fixed size."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._buffer = memoryview(bytearray(BUFFER_BYTES))
+        self._start = self._end = 0
+
+    async def _receive(self, into: memoryview) -> int:
+        """Raises ConnectionError at the end."""
+        count = await asyncio.get_running_loop().sock_recv_into(self._socket, into)
+        if not count:
+            raise ConnectionResetError("The kernel closed its socket.")
+        return count
+
+    async def exactly(self, length: int) -> bytes:
+        """Above the buffer's size it is read to where it stays, and is a memoryview."""
+        have = self._buffer[self._start : self._end]
+        if length > BUFFER_BYTES:
+            whole = memoryview(bytearray(length))
+            whole[: len(have)] = have
+            filled, self._start, self._end = len(have), 0, 0
+            while filled < length:
+                filled += await self._receive(whole[filled:])
+            return whole.toreadonly()  # type: ignore[return-value]
+        if len(have) < length:
+            self._buffer[: len(have)] = bytes(have)
+            self._start, self._end = 0, len(have)
+            while self._end < length:
+                self._end += await self._receive(self._buffer[self._end :])
+        found = bytes(self._buffer[self._start : self._start + length])
+        self._start += length
+        return found
+
+    async def skip(self, length: int) -> None:
+        length -= (have := min(length, self._end - self._start))
+        self._start += have
+        while length:
+            length -= await self._receive(self._buffer[: min(length, BUFFER_BYTES)])
+            self._start = self._end = 0
 
 
 def _property(name: bytes, value: bytes) -> bytes:

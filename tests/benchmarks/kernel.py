@@ -7,8 +7,8 @@ provisioner, verified session, TLS, guard, kernel service, and the kernel in a p
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -187,10 +187,7 @@ def figures(turns: int, starts: int) -> Iterator[Figure]:
             yield from torch(starts, peers[0], FILL_SECONDS)
     except AssertionError as error:
         reason = next(line for line in reversed(str(error).splitlines()) if line.strip())
-        yield from itertools.chain(
-            Figure(name, float("nan"), unit, None, "lower", f"NOT MEASURED: the guard refuses kernel_pool. {reason}")
-            for name, unit in (("start to first reply, warm pool / local", "x"), ("import torch in a warm kernel", "s"))
-        )
+        sys.stderr.write(f"NOT MEASURED: kernels from a warm pool. The guard refuses kernel_pool: {reason}\n")
 
 
 def main() -> None:
