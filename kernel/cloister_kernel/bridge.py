@@ -38,6 +38,7 @@ from cloister_kernel.link import LINK_ID_BYTES, Link
 from cloister_kernel.notices import Notices
 from cloister_kernel.pump import carry
 from cloister_kernel.signing import DELIMITER, with_signature, without_signature
+from cloister_kernel.waking import woken
 
 FIRST_RETRY_SECONDS = 0.2
 LAST_RETRY_SECONDS = 5.0
@@ -329,17 +330,17 @@ class Bridge:
         self.connected = True
         self._ready.set()
         await self._note_proof()
-        over = asyncio.create_task(self._over.wait())
+        over, woke = asyncio.create_task(self._over.wait()), asyncio.create_task(woken())
         carrier = asyncio.create_task(carry(link, connection.send, incoming, self._deliver))
         try:
-            await asyncio.wait({over, carrier}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({over, carrier, woke}, return_when=asyncio.FIRST_COMPLETED)
             if over.done() and not carrier.done():
                 # Let the service know that EXIT has arrived; it may then forget the kernel.
                 await connection.send(link.acknowledgement().pack())
         finally:
             ended = over.done()
-            over.cancel()
-            carrier.cancel()
+            for task in (over, carrier, woke):
+                task.cancel()
             results = await asyncio.gather(carrier, return_exceptions=True)
         if isinstance(results[0], Exception) and not ended:
             raise results[0]
