@@ -43,6 +43,7 @@ from cloister_kernel.waking import woken
 FIRST_RETRY_SECONDS = 0.2
 LAST_RETRY_SECONDS = 5.0
 HELLO_SECONDS = 20.0
+LISTENER_SECONDS = 10.0
 COPIED_BYTES = 64 << 10
 LAPTOP_BYTES = 1 << 30
 """What waits here for the network, or comes in, at most: above, the notebook's next message waits outside."""
@@ -109,10 +110,14 @@ class Bridge:
     Attributes:
         exit_code: None while the kernel lives, as far as the bridge knows; it stays None during an outage.
         connected: whether the remote end is reached at the moment.
+        adopting: the kernel runs already, and its output waits a moment for somebody who listens.
         doubt: why the machine doesn't count as proven, for people; None while it does. The notebook is told.
     """
 
-    def __init__(self, address: LocalAddress, connect: Connect, log: logging.Logger | None = None) -> None:
+    def __init__(
+        self, address: LocalAddress, connect: Connect, log: logging.Logger | None = None, *, adopting: bool = False
+    ) -> None:
+        self.adopting = adopting
         self.exit_code: int | None = None
         self.connected = False
         self.trouble: Exception | None = None
@@ -129,6 +134,7 @@ class Bridge:
         self._sockets: dict[Channel, zmq.asyncio.Socket] = {}
         self._notices = Notices()
         self._told = ""
+        self._heard = asyncio.Event()  # somebody listens to the kernel's output
 
     def start(self, timeout: float = 60.0) -> None:
         """Bind the local sockets and reach the kernel for the first time. Raises what prevents either."""
@@ -185,7 +191,7 @@ class Bridge:
             heart = context.socket(zmq.ROUTER)
             heart.linger = 0
             heart.bind(self._address.endpoint("hb_port"))
-            tasks = [asyncio.create_task(_echo(heart)), asyncio.create_task(_drain(self._sockets[Channel.IOPUB]))]
+            tasks = [asyncio.create_task(_echo(heart)), asyncio.create_task(self._listeners())]
             tasks += [
                 asyncio.create_task(self._read(channel, link))
                 for channel in (Channel.SHELL, Channel.STDIN, Channel.CONTROL)
@@ -251,6 +257,20 @@ class Bridge:
         mark = parts.index(DELIMITER)
         return hmac.compare_digest(signed[mark + 1], parts[mark + 1])
 
+    async def _listeners(self) -> None:
+        """Subscriptions need no answer, but have to be read."""
+        while True:
+            if (await self._sockets[Channel.IOPUB].recv_multipart())[0][:1] == b"\x01":
+                self._heard.set()
+
+    async def _await_listener(self) -> None:
+        """What a kernel printed while no local server was there would be lost on a socket that nobody has found yet."""
+        if self.adopting:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LISTENER_SECONDS):
+                    await self._heard.wait()
+            self.adopting = False
+
     async def _deliver(self, frame: ChannelFrame) -> None:
         if frame.kind is FrameKind.EXIT:
             try:
@@ -258,6 +278,7 @@ class Bridge:
             except (ValueError, IndexError):
                 self.set_exit_code(LOST_KERNEL)
             return
+        await self._await_listener()
         if frame.channel is Channel.SHELL:
             self._notices.answered(frame.parts)
         message = with_signature(frame.parts, self._address.key)
@@ -350,12 +371,6 @@ async def _echo(socket: zmq.asyncio.Socket) -> None:
     """The heartbeat: this process lives, whatever the network does."""
     while True:
         await socket.send_multipart(await socket.recv_multipart())
-
-
-async def _drain(socket: zmq.asyncio.Socket) -> None:
-    """Subscriptions need no answer, but have to be read."""
-    while True:
-        await socket.recv_multipart()
 
 
 def _selector_loop() -> asyncio.AbstractEventLoop:
