@@ -70,7 +70,7 @@ class Kernels:
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         try:
-            return await asyncio.open_unix_connection(self._socket)
+            return await asyncio.open_unix_connection(self._socket, limit=MAX_CHANNEL_FRAME)
         except OSError as error:
             raise UnavailableError(
                 "The kernel service doesn't answer.",

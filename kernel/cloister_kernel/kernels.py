@@ -10,8 +10,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import zmq.asyncio
-
 from cloister_data.errors import CloisterError, ConflictError, ForbiddenError, NotFoundError
 from cloister_data.kernels import (
     EndingKind,
@@ -27,6 +25,7 @@ from cloister_data.kernels import (
 )
 from cloister_kernel.control import ControlClient
 from cloister_kernel.endings import Periods, ending
+from cloister_kernel.holdings import Holdings
 from cloister_kernel.idling import IdleRule
 from cloister_kernel.journal import log
 from cloister_kernel.limits import ABANDONED_SECONDS, Limits
@@ -125,7 +124,7 @@ class KernelService:
         self._ended: Counter[EndingKind] = Counter()
         self._guard: str | None = None
         self._guard_at = time.monotonic()
-        self._context = zmq.asyncio.Context()
+        self._holdings = Holdings()
 
     async def start(self, order: KernelStart) -> KernelView:
         """Raises TooManyRequestsError at a limit, or what the spawner or the guard raises."""
@@ -170,7 +169,7 @@ class KernelService:
             with contextlib.suppress(CloisterError):
                 await self._control.end(identifier)
             raise
-        relay = KernelRelay(self._context, started.paths, started.key)
+        relay = KernelRelay(self._holdings, started.paths, started.key)
         kernel = Kernel(order.user, started, relay, int(time.time()), guard, asyncio.Event(), seen_at=time.monotonic())
         self._kernels[identifier] = kernel
         self._started += 1
@@ -320,7 +319,6 @@ class KernelService:
         await asyncio.gather(*(kernel.relay.flush(FLUSH_SECONDS) for kernel in kernels), return_exceptions=True)
         await asyncio.gather(*(kernel.relay.close() for kernel in kernels), return_exceptions=True)
         await self._spawner.close()
-        self._context.destroy(linger=0)
 
 
 def remove_socket(path: Path) -> None:

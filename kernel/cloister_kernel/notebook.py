@@ -55,6 +55,9 @@ class NotebookApp(IPKernelApp):
     name = "cloister-kernel"
 
     def _try_bind_socket(self, s: zmq.Socket[Any], port: int) -> int:
+        # By default ZeroMQ forgets, without a word, what comes faster than it is fetched. The kernel service fetches
+        # everything and bounds it (`cloister_kernel.holdings`); what waits here is the kernel's own memory.
+        s.set_hwm(0)
         s.setsockopt(zmq.USE_FD, port)
         s.bind(f"ipc://{self.ip}-{port}")
         return port

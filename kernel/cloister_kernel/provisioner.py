@@ -159,7 +159,9 @@ class CloisterProvisioner(KernelProvisionerBase):
             return
         self.profile = provisioner_info["cloister_profile"]
         remote = RemoteKernel(self.profile)
-        bridge = Bridge(LocalAddress.from_connection_info(self.connection_info), remote.connect, self.log)
+        bridge = Bridge(
+            LocalAddress.from_connection_info(self.connection_info), remote.connect, self.log, adopting=True
+        )
         try:
             await asyncio.to_thread(remote.adopt, str(identifier))
             await asyncio.to_thread(bridge.start)

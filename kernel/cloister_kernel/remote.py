@@ -34,6 +34,10 @@ SIGNAL_TIMEOUT = httpx.Timeout(connect=5, read=15, write=5, pool=5)
 """Seconds. Somebody waits: an interrupted cell, a JupyterLab that shuts down."""
 LOOK_SECONDS = 5.0
 """The longest time between two looks at the proof's age: while a computer sleeps, its timers do too."""
+PING_SECONDS = 10.0
+"""A connection that swallows everything is given up after three times as long. Slices are small, so that a slow one
+answers in time, and what it had carried counts: nothing of it is sent again.
+"""
 DISPLAY_NAMES = ("COLUMNS", "LINES", "TZ", "LANG", "NO_COLOR")
 
 
@@ -192,8 +196,8 @@ class RemoteKernel:
                 compression=None,
                 max_size=MAX_CHANNEL_FRAME,
                 open_timeout=20,
-                ping_interval=20,
-                ping_timeout=40,
+                ping_interval=PING_SECONDS,
+                ping_timeout=2 * PING_SECONDS,
                 close_timeout=2,
                 proxy=None,
                 create_connection=partial(_Channel, session),  # type: ignore[arg-type]

@@ -34,7 +34,7 @@ from cloister_data.control import ControlOrder
 from cloister_data.cosignature import cosign, verify_cosignature, witness_name
 from cloister_data.errors import CloisterError
 from cloister_data.events import Event
-from cloister_data.framing import Channel, ChannelFrame, FrameKind, pack_body, pack_frame
+from cloister_data.framing import Channel, ChannelFrame, FrameKind, Slice, pack_body, pack_frame
 from cloister_data.kernels import KernelLaunch, KernelOrder
 from cloister_data.owner import public_bytes, sign_policy, sign_statement
 from cloister_data.policy import POLICY_LABEL, Platform, Policy
@@ -77,7 +77,7 @@ def test_body() -> None:
 
 
 def test_frame_limits() -> None:
-    for limit in (framing.MAX_JSON_FRAME, framing.MAX_CHANNEL_FRAME):
+    for limit in (framing.MAX_JSON_FRAME, framing.MAX_CHANNEL_FRAME, framing.MAX_SLICE, framing.MAX_CHANNEL_MESSAGE):
         assert f"{limit:,}".replace(",", " ") in TEXT
 
 
@@ -138,15 +138,16 @@ def test_population() -> None:
 
 @pytest.mark.parametrize("line", VECTORS["channel-frames"].items(), ids=lambda line: line[0].split()[0])
 def test_channel_frames(line: tuple[str, str]) -> None:
-    described = re.fullmatch(r"([A-Z]+) ([a-z]+) (\d+) (\d+) \[(.*)\]", line[0])
+    described = re.fullmatch(r"([A-Z]+)( further| last)? ([a-z]+) (\d+) (\d+) \[(.*)\]", line[0])
     assert described is not None
-    kind, channel, sequence, acknowledged, parts = described.groups()
+    kind, slice, channel, sequence, acknowledged, parts = described.groups()
     frame = ChannelFrame(
         FrameKind[kind],
         Channel[channel.upper()],
         int(sequence),
         int(acknowledged),
         tuple(bytes.fromhex(part) for part in parts.split(",")) if parts else (),
+        Slice[(slice or " whole").strip().upper()],
     )
     assert frame.pack().hex() == line[1]
 
@@ -154,6 +155,8 @@ def test_channel_frames(line: tuple[str, str]) -> None:
 def test_kinds_and_channels_of_frames() -> None:
     assert ", ".join(f"{kind.value} {kind.name}" for kind in FrameKind) in TEXT
     assert ", ".join(f"{channel.value} {channel.name.lower()}" for channel in Channel) in TEXT
+    assert "0 for a whole message, 1 for a slice, 2 for its last slice" in TEXT
+    assert [slice.value for slice in Slice] == [0, 1, 2]
     assert f"at most {framing.MAX_PARTS}" in TEXT
 
 
@@ -255,14 +258,17 @@ def test_figures_in_the_text() -> None:
     from cloister_guard.http.messages import MAX_JSON_BODY
     from cloister_guard.kernels import SUBPROTOCOL
     from cloister_kernel.endings import MAX_TEXT
+    from cloister_kernel.holdings import KERNEL_BYTES, RESERVED_BYTES, SERVICE_BYTES
     from cloister_kernel.kernels import GUARD_AWAY_SECONDS
-    from cloister_kernel.link import MAX_OUTBOX_BYTES
+    from cloister_kernel.link import STREAM_SECONDS
     from cloister_kernel.pump import ACK_AFTER_SECONDS, ACK_EVERY_FRAMES
 
     assert f"after {ACK_EVERY_FRAMES} frames or {ACK_AFTER_SECONDS} seconds" in TEXT
     assert f"{KEPT:,}".replace(",", " ") + " events ago" in TEXT
     assert f"at most {MAX_JSON_BODY >> 20} MiB" in TEXT
-    assert f"While {MAX_OUTBOX_BYTES >> 20} MiB or more wait" in TEXT
+    assert f"at most {KERNEL_BYTES >> 20} MiB for one kernel and {SERVICE_BYTES >> 20} MiB for all" in TEXT
+    assert f"{RESERVED_BYTES >> 20} MiB are" in TEXT
+    assert f"within {STREAM_SECONDS * 1000:.0f} ms" in TEXT
     assert f"`{SUBPROTOCOL}`" in TEXT
     assert f"sent every {MEET_SECONDS:.0f} seconds" in TEXT
     assert f"no guard has met for {GUARD_AWAY_SECONDS // 60:.0f} minutes" in TEXT
