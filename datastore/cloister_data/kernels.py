@@ -9,6 +9,7 @@ from pydantic import Field
 from cloister_data.base import Identifier, Text, UnixSeconds, UserName, Wire
 from cloister_data.errors import Problem
 from cloister_data.policy import Sandbox
+from cloister_data.transfers import MAX_TRANSFER_BYTES, HomePath, TransferTerms
 
 KernelState = Literal["starting", "running", "dead"]
 
@@ -60,6 +61,32 @@ class KernelAttach(Wire):
     kernel: Identifier
 
 
+class KernelPut(Wire):
+    """Guard to kernel service: from the answer on, `size` bytes follow in frames, and an empty frame at their end.
+
+    The file is in its place once a second answer says so. Until the empty frame nothing of it shows.
+    """
+
+    op: Literal["put"] = "put"
+    kernel: Identifier
+    path: HomePath
+    size: int = Field(ge=0, le=MAX_TRANSFER_BYTES)
+
+
+class KernelGet(Wire):
+    """Guard to kernel service: the answer says the file's size; so many bytes follow in frames."""
+
+    op: Literal["get"] = "get"
+    kernel: Identifier
+    path: HomePath
+
+
+class KernelRuntime(Wire):
+    """Guard to kernel service: what the kernels run on."""
+
+    op: Literal["runtime"] = "runtime"
+
+
 class KernelQuery(Wire):
     """Guard to kernel service: the kernels of one user."""
 
@@ -67,7 +94,10 @@ class KernelQuery(Wire):
     user: UserName
 
 
-KernelOrder = Annotated[KernelStart | KernelSignal | KernelAttach | KernelQuery, Field(discriminator="op")]
+KernelOrder = Annotated[
+    KernelStart | KernelSignal | KernelAttach | KernelQuery | KernelPut | KernelGet | KernelRuntime,
+    Field(discriminator="op"),
+]
 
 
 class KernelAnswer(Wire):
@@ -75,4 +105,6 @@ class KernelAnswer(Wire):
 
     kernel: KernelView | None = None
     kernels: KernelList | None = None
+    size: int | None = Field(default=None, ge=0, le=MAX_TRANSFER_BYTES)
+    runtime: TransferTerms | None = None
     problem: Problem | None = None

@@ -13,6 +13,8 @@ from typing import Any
 import zmq
 from ipykernel.kernelapp import IPKernelApp
 
+import cloister.magics
+
 
 class NotebookApp(IPKernelApp):
     """ipykernel's application with inherited sockets and without a heartbeat: the spawner watches the process."""
@@ -23,6 +25,10 @@ class NotebookApp(IPKernelApp):
         s.setsockopt(zmq.USE_FD, port)
         s.bind(f"ipc://{self.ip}-{port}")
         return port
+
+    def init_extensions(self) -> None:
+        super().init_extensions()
+        cloister.magics.load(self.shell)
 
     def init_heartbeat(self) -> None:
         self.heartbeat = None

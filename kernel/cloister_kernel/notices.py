@@ -11,6 +11,8 @@ from cloister_kernel.signing import DELIMITER
 MAX_WAITING = 64
 """Cells that a notice goes to; one that has more of them queued shows it in the first."""
 MAX_HEADER = 1 << 16
+MAX_PROGRESS = 78
+"""Characters of a line of progress."""
 
 
 class Notices:
@@ -46,7 +48,11 @@ class Notices:
         """`text` for the cell that was asked last."""
         return [self._stream(parent, text) for parent in list(self._waiting.values())[-1:]]
 
-    def _stream(self, parent: bytes, text: str) -> tuple[bytes, ...]:
+    def progress(self, parent: bytes, text: str) -> tuple[bytes, ...]:
+        """`text` for the cell of the header `parent`, over what was there before it on the line."""
+        return self._stream(parent, f"\r{text[:MAX_PROGRESS].ljust(MAX_PROGRESS)}", "stdout", end="")
+
+    def _stream(self, parent: bytes, text: str, name: str = "stderr", end: str = "\n") -> tuple[bytes, ...]:
         header = {
             "msg_id": secrets.token_hex(16),
             "msg_type": "stream",
@@ -55,7 +61,7 @@ class Notices:
             "date": datetime.now(UTC).isoformat(),
             "version": "5.3",
         }
-        content = {"name": "stderr", "text": f"{text}\n"}
+        content = {"name": name, "text": text + end}
         return (b"stream", DELIMITER, b"", json.dumps(header).encode(), parent, b"{}", json.dumps(content).encode())
 
 

@@ -3,7 +3,8 @@
 `python -m cloister_kernel.service --socket S --control C --homes DIR --runtime DIR [--hide DIR]...`
 
 Each connection to S begins with one frame, a KernelOrder, answered by one frame, a KernelAnswer. After "attach" the
-same connection carries the kernel's channel frames both ways. The guard has decided whose kernel it is before it asks.
+same connection carries the kernel's channel frames both ways, after "put" and "get" a file's bytes. The guard has
+decided whose kernel it is before it asks.
 """
 
 from __future__ import annotations
@@ -36,14 +37,18 @@ from cloister_data.errors import (
 from cloister_data.kernels import (
     KernelAnswer,
     KernelAttach,
+    KernelGet,
     KernelList,
     KernelOrder,
+    KernelPut,
     KernelQuery,
+    KernelRuntime,
     KernelSignal,
     KernelStart,
     KernelState,
     KernelView,
 )
+from cloister_kernel import transfers
 from cloister_kernel.control import ControlClient
 from cloister_kernel.frames import channel_frames, read_frame, write_frame
 from cloister_kernel.process import die_with_parent
@@ -59,7 +64,9 @@ REMEMBER_KERNELS = 4
 LEASE_SECONDS = 12 * 3600.0
 """How long a kernel lives that no laptop is attached to."""
 
-_ORDER: TypeAdapter[KernelStart | KernelSignal | KernelAttach | KernelQuery] = TypeAdapter(KernelOrder)
+_ORDER: TypeAdapter[KernelStart | KernelSignal | KernelAttach | KernelQuery | KernelPut | KernelGet | KernelRuntime] = (
+    TypeAdapter(KernelOrder)
+)
 
 
 @dataclass
@@ -167,6 +174,13 @@ class KernelService:
             raise NotFoundError("There is no such kernel.", next_step="Start another one.")
         return kernel
 
+    def find_running(self, identifier: str) -> Kernel:
+        """One whose home is still there. Raises NotFoundError."""
+        kernel = self.find(identifier)
+        if kernel.exit_code is not None or kernel.started.process.returncode is not None:
+            raise NotFoundError("The kernel has ended, and its home is gone.", next_step="Start another one.")
+        return kernel
+
     async def signal(self, order: KernelSignal) -> KernelView:
         kernel = self.find(order.kernel)
         if order.op == "interrupt" and kernel.started.process.returncode is None:
@@ -227,6 +241,7 @@ class KernelService:
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Kernel | None:
         attached: Kernel | None = None
+        answer: KernelAnswer | None
         try:
             async with asyncio.timeout(ORDER_SECONDS):
                 frame = await read_frame(reader)
@@ -241,6 +256,17 @@ class KernelService:
                 case KernelAttach():
                     attached = self.find(order.kernel)
                     answer = KernelAnswer(kernel=attached.view())
+                case KernelPut():
+                    kernel = self.find_running(order.kernel)
+                    await transfers.put(kernel.started, order, reader, writer, KernelAnswer(kernel=kernel.view()))
+                    answer = KernelAnswer(kernel=kernel.view())
+                case KernelGet():
+                    await transfers.get(self.find_running(order.kernel).started, order, writer)
+                    answer = None  # the file's bytes were it
+                case KernelRuntime():
+                    answer = KernelAnswer(runtime=transfers.runtime())
+        except (asyncio.IncompleteReadError, ConnectionError, TimeoutError):
+            raise
         except ValidationError:
             answer = KernelAnswer(problem=InvalidRequestError("The kernel service can't read this order.").to_problem())
         except CloisterError as error:
@@ -249,7 +275,8 @@ class KernelService:
             _log("order failed", error=type(error).__name__)
             problem = InternalError("The kernel service failed.", next_step="Look into its log.").to_problem()
             answer = KernelAnswer(problem=problem)
-        await write_frame(writer, answer.to_json())
+        if answer is not None:
+            await write_frame(writer, answer.to_json())
         return attached
 
 

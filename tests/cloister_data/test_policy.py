@@ -23,6 +23,7 @@ POLICY = Policy(
     operations=("count", "mean", "train"),
     platforms=("simulated",),
     minimum_sandbox="user",
+    transfers="forbidden",
     expires=None,
 )
 

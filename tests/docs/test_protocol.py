@@ -279,12 +279,12 @@ def _routes(router: APIRouter) -> set[str]:
 
 
 def test_routes() -> None:
-    from cloister_guard.http import audit, laptop, metrics, scientist
+    from cloister_guard.http import audit, files, laptop, metrics, scientist
 
     guard: object = None  # The routes close over it; none is called here.
     offered_to_kernels = _routes(scientist.make_router(guard, lambda: None))  # type: ignore[arg-type]
     https_only = _routes(laptop.make_router(guard))  # type: ignore[arg-type]
-    for part in (audit, metrics):
+    for part in (audit, files, metrics):
         https_only |= _routes(part.make_router(guard, lambda: None))  # type: ignore[arg-type]
     rows = table(PROTOCOL, "route")
     assert {row[0] for row in rows} == offered_to_kernels | https_only
