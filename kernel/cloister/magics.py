@@ -32,9 +32,9 @@ HELP = """\
 %cloister help                            this text
 
 put, get and pip are carried out by your laptop, so each has to be the only line of its cell. LOCAL lies below the
-notebook's directory, REMOTE in the kernel's home; a path that ends with / keeps the file's name. A file may have {limit}.
-Nothing on your laptop is overwritten without --force. Each file that moves is in the audit log. A dataset's owner may
-forbid it to all who may use the dataset."""
+notebook's directory and isn't hidden, REMOTE lies in the kernel's home; a path that ends with / keeps the file's name.
+A file may have {limit}. Nothing on your laptop is overwritten without --force. Each moved file is in the audit log.
+The owner of a dataset may forbid it to all who may use the dataset."""
 
 _ALONE = "put, get and pip have to be the only line of their cell, as your laptop carries them out"
 
@@ -49,7 +49,8 @@ class CloisterMagics(Magics):
         """Work with the cloister that this kernel runs in: `%cloister help`."""
         command, _, rest = line.strip().partition(" ")
         if command in ("put", "get", "pip"):
-            return self._errand(command, rest)
+            self._errand(command, rest)
+            return None
         if command in ("status", "budget") and rest.strip():
             raise UsageError(f"%cloister {command} takes nothing more. See %cloister help")
         if command == "status":
@@ -109,8 +110,8 @@ class CloisterMagics(Magics):
 def load(shell: InteractiveShell) -> None:
     """Give a kernel's shell `%cloister`, its completion, the name `cloister`, and the user's own packages."""
     shell.register_magics(CloisterMagics)
-    shell.set_hook("complete_command", _complete, str_key="%cloister")
-    shell.push({"cloister": cloister}, interactive=False)
+    shell.set_hook("complete_command", _complete, str_key="%cloister")  # type: ignore[no-untyped-call]
+    shell.push({"cloister": cloister}, interactive=False)  # type: ignore[no-untyped-call]
     _see_user_packages()
 
 

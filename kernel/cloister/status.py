@@ -31,7 +31,8 @@ class Status:
             verdict = f"unknown: {self.doubt}"
         else:
             verdict = f"{'proven' if result.ok else 'NOT PROVEN'}{' (SIMULATED hardware)' if result.simulated else ''}"
-        rows = [["verdict", verdict], ["platform", result.platform if result is not None else "unknown"]]
+        rows: list[list[str]] = [["verdict", verdict]]
+        rows.append(["platform", (result and result.platform) or "unknown"])
         if self.me is not None:
             rows += [
                 ["cloister", f"{self.me.cloister}, version {self.me.version}"],

@@ -27,8 +27,9 @@ class NotebookApp(IPKernelApp):
         return port
 
     def init_extensions(self) -> None:
-        super().init_extensions()
-        cloister.magics.load(self.shell)
+        super().init_extensions()  # type: ignore[no-untyped-call]
+        if self.shell is not None:
+            cloister.magics.load(self.shell)
 
     def init_heartbeat(self) -> None:
         self.heartbeat = None
