@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic_core import PydanticCustomError
 
 from cloister_data.base import DatasetName, UnixSeconds, UserName, Wire
 
@@ -61,7 +62,7 @@ class Policy(Wire):
     largest epsilon of one request. `expires` of None says "until replaced".
 
     A document of format 1 has no `transfers`: its owner was never asked, so it says "forbidden". Its bytes, and its
-    digest, are what they were.
+    digest, are what they were. One of format 2 must have it.
     """
 
     format: Literal[1, 2] = 2
@@ -77,20 +78,16 @@ class Policy(Wire):
     operations: tuple[Operation, ...] = Field(max_length=16)
     platforms: tuple[Platform, ...] = Field(max_length=8)
     minimum_sandbox: Sandbox
-    transfers: Transfers
+    transfers: Transfers = "forbidden"
     expires: UnixSeconds | None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _first_format(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("format") == 1 and "transfers" not in given:
-            return {**given, "transfers": "forbidden"}
-        return given
-
     @model_validator(mode="after")
-    def _admits_nothing_unasked(self) -> Self:
+    def _says_what_its_format_knows(self) -> Self:
+        said = "transfers" in self.model_fields_set
+        if self.format == 2 and not said:
+            raise PydanticCustomError("missing", "Field required: transfers")
         if self.format == 1 and self.transfers != "forbidden":
-            raise ValueError("format 1 doesn't know transfers")
+            raise PydanticCustomError("unknown_in_format", "Format 1 doesn't know transfers")
         return self
 
     @model_serializer(mode="wrap")

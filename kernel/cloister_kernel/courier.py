@@ -1,7 +1,8 @@
 """On the laptop: carries out `%cloister put`, `get` and `pip install`, for one kernel.
 
 What is read and written here is named by the user's own line. Of the other side only a file's bytes are taken, at most
-so many, into a new file that gets its name when it is whole.
+so many, into a new file that gets its name when it is whole. An outcome reaches the kernel: it says nothing of the
+laptop but what the line says.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Courier:
         try:
             match errand := parse_line(line):
                 case Put():
-                    told = self._put(self._local(errand.local), errand.remote, show, cancelled)
+                    told = self._put(self._local(errand.local), errand.local, errand.remote, show, cancelled)
                 case Get():
                     told = self._get(errand, show, cancelled)
                 case Install():
@@ -66,7 +67,7 @@ class Courier:
         except CloisterError as error:
             problem = error.to_problem()
         except Exception as error:
-            failed = InternalError("Your laptop failed to move the file.", why=f"{type(error).__name__}: {error}")
+            failed = InternalError("Your laptop failed to move the file.", why=f"{type(error).__name__}.")
             problem = failed.to_problem()
         return Outcome.model_validate(
             {"kind": kind, "told": told, "problem": problem, "interrupted": interrupted, "wheels": wheels}
@@ -80,20 +81,23 @@ class Courier:
             )
         return self._directory / local_path(text)
 
-    def _put(self, path: Path, remote: str, show: Show, cancelled: threading.Event) -> str:
+    def _put(self, path: Path, local: str, remote: str, show: Show, cancelled: threading.Event) -> str:
+        """`local` is what the user calls the file at `path`."""
         with contextlib.ExitStack() as opened:
             try:
                 # A FIFO mustn't wait for its writer.
                 flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
                 file = opened.enter_context(open(os.open(path, flags), "rb", buffering=0))
             except OSError as error:
-                raise _not_read(path, error) from error
+                raise _not_read(local, error) from error
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
-                raise InvalidRequestError(f"{path} is no ordinary file.", next_step="Give a file's path.")
+                raise InvalidRequestError(f"{local} is no ordinary file.", next_step="Give a file's path.")
             size = found.st_size
             if size > min(MAX_TRANSFER_BYTES, self._remote.transfer_terms().max_bytes):
-                raise TooLargeError(f"{path} has {size} bytes.", why=f"A file may have {LIMIT}.", next_step="Split it.")
+                raise TooLargeError(
+                    f"{local} has {size} bytes.", why=f"A file may have {LIMIT}.", next_step="Split it."
+                )
             digest = hashlib.sha256()
 
             def chunks() -> Iterator[bytes]:
@@ -102,7 +106,7 @@ class Courier:
                     _look(cancelled)
                     chunk = file.read(min(left, CHUNK))
                     if not chunk:
-                        raise InvalidRequestError(f"{path} became shorter meanwhile.", next_step="Try again.")
+                        raise InvalidRequestError(f"{local} became shorter meanwhile.", next_step="Try again.")
                     digest.update(chunk)
                     left -= len(chunk)
                     yield chunk
@@ -110,17 +114,17 @@ class Courier:
 
             arrived = self._remote.put_file(remote, chunks(), size)
         if (arrived.size, arrived.sha256) != (size, digest.hexdigest()):
-            raise UnreachableError(f"{path} arrived as something else.", next_step="Put it again.")
-        return f"{path.name} is in the kernel's home as {remote} ({amount(size)}, SHA-256 {arrived.sha256})."
+            raise UnreachableError(f"{local} arrived as something else.", next_step="Put it again.")
+        return f"{local} is in the kernel's home as {remote} ({amount(size)}, SHA-256 {arrived.sha256})."
 
     def _get(self, errand: Get, show: Show, cancelled: threading.Event) -> str:
         target = self._local(errand.local)
-        _refuse_target(target, errand.force)
+        _refuse_target(target, errand)
         with self._remote.get_file(errand.remote) as (size, chunks):
             try:
                 descriptor, name = tempfile.mkstemp(prefix=".cloister-get-", dir=target.parent)
             except OSError as error:
-                raise _not_written(target, error) from error
+                raise _not_written(errand.local, error) from error
             unfinished, digest, meter = Path(name), hashlib.sha256(), _Meter(target.name, size, show)
             try:
                 with open(descriptor, "wb") as file:
@@ -132,7 +136,7 @@ class Courier:
                 _look(cancelled)
                 _name(unfinished, target, errand.force)
             except OSError as error:
-                raise _not_written(target, error) from error
+                raise _not_written(errand.local, error) from error
             finally:
                 unfinished.unlink(missing_ok=True)
         return f"{errand.remote} is on your laptop as {errand.local} ({amount(size)}, SHA-256 {digest.hexdigest()})."
@@ -142,15 +146,15 @@ class Courier:
     ) -> tuple[str, tuple[str, ...]]:
         """Also the names that pip is given in the kernel: packages, and files of `wheels`."""
         paths = [self._local(wheel) for wheel in errand.wheels]
-        for path in paths:
+        for wheel, path in zip(errand.wheels, paths, strict=True):
             if not path.is_file():
-                raise NotFoundError(f"There is no file {path} on your laptop.", next_step="Check the path.")
+                raise NotFoundError(f"There is no file {wheel} on your laptop.", next_step="Check the path.")
         terms = self._remote.transfer_terms()
         show(f"pip looks for wheels for Python {terms.python} on {terms.machine}")
         with tempfile.TemporaryDirectory(prefix="cloister-wheels-") as directory:
-            found = download(errand.packages, paths, terms, Path(directory), cancelled)
-            for wheel in found:
-                self._put(wheel, f"{wheels}/{wheel.name}", show, cancelled)
+            found = download(errand.packages, paths, terms, Path(directory), show, cancelled)
+            for path in found:
+                self._put(path, path.name, f"{wheels}/{path.name}", show, cancelled)
         names = (*errand.packages, *(f"{wheels}/{path.name}" for path in paths))
         return f"{len(found)} wheels are in the kernel's home.", names
 
@@ -180,16 +184,18 @@ def _look(cancelled: threading.Event) -> None:
         raise Interrupted
 
 
-def _refuse_target(target: Path, force: bool) -> None:
+def _refuse_target(target: Path, errand: Get) -> None:
     if target.is_dir() and not target.is_symlink():
         raise InvalidRequestError(
-            f"{target} is a directory.", next_step="Name the file in it, or end the path with a slash."
+            f"{errand.local} is a directory.", next_step="Name the file in it, or end the path with a slash."
         )
     if not target.parent.is_dir():
-        raise NotFoundError(f"There is no directory {target.parent} on your laptop.", next_step="Make it first.")
-    if os.path.lexists(target) and not force:
+        raise NotFoundError(f"There is no directory for {errand.local} on your laptop.", next_step="Make it first.")
+    if os.path.lexists(target) and not errand.force:
         raise ConflictError(
-            f"{target} is there already.", why="Nothing is overwritten unasked.", next_step="Add --force to replace it."
+            f"{errand.local} is there already.",
+            why="Nothing is overwritten unasked.",
+            next_step="Add --force to replace it.",
         )
 
 
@@ -208,11 +214,11 @@ def _name(unfinished: Path, target: Path, force: bool) -> None:
         unfinished.rename(target)
 
 
-def _not_read(path: Path, error: OSError) -> CloisterError:
+def _not_read(local: str, error: OSError) -> CloisterError:
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        return NotFoundError(f"There is no file {path} on your laptop.", next_step="Check the path.")
-    return StorageError(f"{path} can't be read on your laptop.", why=f"{error.strerror}.")
+        return NotFoundError(f"There is no file {local} on your laptop.", next_step="Check the path.")
+    return StorageError(f"{local} can't be read on your laptop.", why=f"{error.strerror}.")
 
 
-def _not_written(path: Path, error: OSError) -> StorageError:
-    return StorageError(f"{path} can't be written on your laptop.", why=f"{error.strerror}. Nothing of it remains.")
+def _not_written(local: str, error: OSError) -> StorageError:
+    return StorageError(f"{local} can't be written on your laptop.", why=f"{error.strerror}. Nothing of it remains.")

@@ -49,7 +49,9 @@ class Notices:
         return [self._stream(parent, text) for parent in list(self._waiting.values())[-1:]]
 
     def progress(self, parent: bytes, text: str) -> tuple[bytes, ...]:
-        """`text` for the cell of the header `parent`, over what was there before it on the line."""
+        """`text` for the cell of the header `parent`, in the last one's place; one that ends in a line break stays."""
+        if text.endswith("\n"):
+            return self._stream(parent, f"\n{text.rstrip()}")
         return self._stream(parent, f"\r{text[:MAX_PROGRESS].ljust(MAX_PROGRESS)}", "stdout", end="")
 
     def _stream(self, parent: bytes, text: str, name: str = "stderr", end: str = "\n") -> tuple[bytes, ...]:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cloister_data.errors import InvalidRequestError, TooLargeError, UnavailableError
@@ -14,7 +14,7 @@ from cloister_data.transfers import TransferTerms
 
 POLL_SECONDS = 0.1
 END_SECONDS = 5.0
-TOLD_LINES = 6
+TOLD_LINES, MAX_TOLD = 8, 4000
 
 
 class Interrupted(Exception):
@@ -33,12 +33,17 @@ def platforms(terms: TransferTerms) -> list[str]:
 
 
 def download(
-    packages: Sequence[str], wheels: Sequence[Path], terms: TransferTerms, into: Path, cancelled: threading.Event
+    packages: Sequence[str],
+    wheels: Sequence[Path],
+    terms: TransferTerms,
+    into: Path,
+    show: Callable[[str], None],
+    cancelled: threading.Event,
 ) -> list[Path]:
     """The wheels of `packages` and of `wheels`, with all that they need, in `into`.
 
     pip takes them from where this computer's pip is configured to. It takes wheels only: building a package would run
-    its code here. Raises InvalidRequestError with pip's own words, TooLargeError, Interrupted.
+    its code here. Where it fails its own words are shown. Raises InvalidRequestError, TooLargeError, Interrupted.
     """
     options = [option for tag in platforms(terms) for option in ("--platform", tag)]
     command = [
@@ -51,15 +56,17 @@ def download(
         try:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, cwd=empty)
         except OSError as error:
-            raise UnavailableError("pip can't be started on your laptop.", why=str(error)) from error
+            raise UnavailableError("pip can't be started on your laptop.", why=type(error).__name__) from error
         with process:
             _wait(process, cancelled)
         said.seek(0)
         told = said.read(1 << 20).decode(errors="replace")
     if process.returncode != 0:
+        # Not in the error, which the kernel gets to see: they may name indexes and directories.
+        show("\n".join(told.strip().splitlines()[-TOLD_LINES:])[:MAX_TOLD] + "\n")
         raise InvalidRequestError(
-            "pip found no wheels that the kernel can take.",
-            why="\n".join(told.strip().splitlines()[-TOLD_LINES:])[:2000],
+            "pip on your laptop found no wheels that the kernel can take.",
+            why="Its own words are above.",
             next_step=f"The kernel has Python {terms.python} on {terms.machine}. Nothing was moved.",
         )
     found = sorted(path for path in into.iterdir() if path.name.endswith(".whl") and path.is_file())

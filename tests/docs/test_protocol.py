@@ -60,6 +60,7 @@ def test_every_vector_has_a_test() -> None:
         "checkpoint",
         "reference-values",
         "policy",
+        "policy-format-1",
         "population",
         "cosignature",
         "channel-frames",
@@ -111,9 +112,10 @@ def test_cosignature() -> None:
         assert f"`{label.decode().strip()}`" in TEXT
 
 
-def test_policy() -> None:
-    vector = VECTORS["policy"]
-    seed, owner_key = hexes("policy", "seed", "owner_key")
+@pytest.mark.parametrize("name", ["policy", "policy-format-1"])
+def test_policy(name: str) -> None:
+    vector = VECTORS[name]
+    seed, owner_key = hexes(name, "seed", "owner_key")
     key = Ed25519PrivateKey.from_private_bytes(seed)
     signed = sign_policy(Policy.from_json(vector["document"]), key)
     assert signed.document.decode() == vector["document"]
@@ -250,6 +252,8 @@ def test_orders() -> None:
 
 
 def test_figures_in_the_text() -> None:
+    from cloister.errands import METADATA
+    from cloister_data.transfers import MAX_PATH, MAX_TRANSFER_BYTES, MAX_TRANSFER_FRAME
     from cloister_guard.events import KEPT
     from cloister_guard.http.messages import MAX_JSON_BODY
     from cloister_guard.kernels import SUBPROTOCOL
@@ -261,6 +265,10 @@ def test_figures_in_the_text() -> None:
     assert f"at most {MAX_JSON_BODY >> 20} MiB" in TEXT
     assert f"While {MAX_OUTBOX_BYTES >> 20} MiB or more wait" in TEXT
     assert f"`{SUBPROTOCOL}`" in TEXT
+    assert f"1 to {MAX_PATH} printable characters" in TEXT
+    assert f"A file has at most {MAX_TRANSFER_BYTES >> 30} GiB" in TEXT
+    assert f"in frames of at most {MAX_TRANSFER_FRAME >> 20} MiB" in TEXT
+    assert f"`Outcome` under `{METADATA}` in its metadata" in TEXT
 
 
 def test_launch_environment() -> None:
