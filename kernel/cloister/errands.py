@@ -30,7 +30,7 @@ USAGE = {
     "get": "%cloister get REMOTE [LOCAL] [--force]",
     "pip": "%cloister pip install NAME...",
 }
-_LINE = re.compile(r"%cloister[ \t]+(put|get|pip)(?:[ \t]+([^\r\n]*))?")
+_LINE = re.compile(r"%cloister +(put|get|pip)(?: +(.*))?")
 _PACKAGE = re.compile(
     r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,98}[A-Za-z0-9])?"  # PEP 508's name, extras and versions; no address, no option
     r"(?:\[[A-Za-z0-9._,-]{1,100}\])?"
