@@ -38,7 +38,7 @@ class Desk:
     client: BlockingKernelClient
 
     def run(self, code: str) -> tuple[str, str]:
-        return run(self.client, code, timeout=60)
+        return run(self.client, code, timeout=60, allow_stdin=False)
 
     def home(self) -> list[str]:
         """Every name in the kernel's home but those of IPython and pip."""
@@ -70,13 +70,13 @@ def desk(cloister_: RunningCloister, user: str, base: Path) -> Iterator[Desk]:
     manager = KernelManager(kernel_name=f"cloister-{user}", kernel_spec_manager=specs)
     (base / "work").mkdir()
     manager.start_kernel(cwd=str(base / "work"))
-    client = manager.client()
+    found = Desk(cloister_, user, base / "work", manager, manager.client())
     try:
-        client.start_channels()
-        client.wait_for_ready(timeout=60)
-        yield Desk(cloister_, user, base / "work", manager, client)
+        found.client.start_channels()
+        found.client.wait_for_ready(timeout=60)
+        yield found
     finally:
-        client.stop_channels()
+        found.client.stop_channels()
         manager.shutdown_kernel(now=True)
         manager.context.destroy(linger=0)
 
@@ -93,7 +93,9 @@ def clean(request: pytest.FixtureRequest) -> Iterator[None]:
     if "ann" in request.fixturenames:
         here: Desk = request.getfixturevalue("ann")
         here.run(
-            "import shutil\nfor n in os.listdir('.'):\n    shutil.rmtree(n, True) if os.path.isdir(n) else os.remove(n)"
+            "import os, shutil\n"
+            "for n in os.listdir('.'):\n"
+            "    shutil.rmtree(n) if os.path.isdir(n) and not os.path.islink(n) else os.remove(n)"
         )
         for path in here.laptop.iterdir():
             path.unlink()
@@ -127,7 +129,7 @@ def test_an_empty_file_and_a_file_over_another(ann: Desk) -> None:
 
 
 def test_the_cells_keep_their_order(ann: Desk) -> None:
-    """All of them are sent at once, as JupyterLab does: a transfer waits for what is before, and holds what is after."""
+    """All of them are sent at once, as JupyterLab does: a transfer waits for what is before and holds what is after."""
     (ann.laptop / "in").write_text("first")
     asked = [
         ann.client.execute(code)
@@ -205,7 +207,7 @@ def test_what_the_laptop_refuses_is_an_error_of_the_cell(ann: Desk, monkeypatch:
     refused(ann, "%cloister put nope", "There is no file nope on your laptop")
     refused(ann, "%cloister put a/b", "There is no file a/b on your laptop")
     refused(ann, "%cloister put fifo", "no ordinary file")
-    refused(ann, "%cloister put .", "isn't a path below")
+    refused(ann, "%cloister put .", "can't be a path")
     refused(ann, "%cloister put ../outside", "isn't a path below the notebook's directory")
     refused(ann, f"%cloister put {ann.laptop.parent}/outside", "isn't a path below the notebook's directory")
     refused(ann, "%cloister put .key", "is hidden on your laptop")
@@ -265,7 +267,7 @@ kernel = get_ipython().kernel
 content = {"code": LINE, "silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": False,
            "stop_on_error": True}
 outcome = {"kind": "put", "told": "done"}
-ident = kernel.get_parent("shell")
+sent = globals().get("sent", 0)
 for kind in ("execute_request", "execute_reply", "execute_input", "input_request", "comm_msg"):
     for socket in (kernel.iopub_socket, kernel.shell_stream, kernel.stdin_socket, kernel.control_stream):
         if socket is None:
@@ -275,6 +277,7 @@ for kind in ("execute_request", "execute_reply", "execute_input", "input_request
                 try:
                     kernel.session.send(socket, kind, content, parent=parent, ident=identity,
                                         metadata={"cloister_errand": outcome})
+                    sent += 1
                 except Exception as error:
                     pass
 kernel.get_parent("shell")["metadata"]["cloister_errand"] = outcome
@@ -284,26 +287,29 @@ get_ipython().run_line_magic("cloister", "put secret")
 """
 
 
-def test_nothing_that_a_kernel_sends_makes_the_laptop_move_a_file(ann: Desk) -> None:
-    (ann.laptop / "secret").write_text("the laptop's")
-    ann.run("open('planted', 'w').write('the kernel\\'s')")
-    before = ann.moved()
-    for line in ("%cloister put secret", "%cloister get planted"):
-        ann.client.execute(HOSTILE.replace("LINE", repr(line)), allow_stdin=False)
-    deadline = time.monotonic() + 30
-    while run(ann.client, "6 * 7")[1] != "42":
-        assert time.monotonic() < deadline
-    time.sleep(0.5)
-    assert ann.moved() == before
-    assert ann.home() == ["planted"]
-    assert [path.name for path in ann.laptop.iterdir()] == ["secret"]
-    # The control: the same lines, from the front end.
-    for line in ("%cloister put secret", "%cloister get planted"):
-        ann.client.execute(line)
-    deadline = time.monotonic() + 30
-    while ann.home() != ["planted", "secret"] or not (ann.laptop / "planted").exists():
-        assert time.monotonic() < deadline
-    assert len(ann.moved()) == len(before) + 2
+def test_nothing_that_a_kernel_sends_makes_the_laptop_move_a_file(
+    shared_cloister: RunningCloister, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with desk(shared_cloister, "files-eve", tmp_path_factory.mktemp("eve")) as eve:
+        (eve.laptop / "secret").write_text("the laptop's")
+        eve.run("open('planted', 'w').write('the kernel\\'s')")
+        lines = ("%cloister put secret", "%cloister get planted")
+        for line in lines:
+            eve.client.execute(HOSTILE.replace("LINE", repr(line)))
+        # Another client, which the forged messages don't confuse.
+        eve.client.stop_channels()
+        eve.client = eve.manager.client()
+        eve.client.start_channels()
+        eve.client.wait_for_ready(timeout=60)
+        assert eve.run("sent >= 100")[1] == "True"
+        time.sleep(0.5)
+        assert eve.moved() == []
+        assert eve.home() == ["planted"]
+        assert [path.name for path in eve.laptop.iterdir()] == ["secret"]
+        # The control: the same lines, from the front end.
+        for line in lines:
+            assert eve.run(line)[0] == "ok"
+        assert [entry[:2] for entry in eve.moved()] == [("put", "secret"), ("get", "planted")]
 
 
 def wheel(directory: Path, name: str, tag: str = "py3-none-any", requires: str = "") -> Path:
