@@ -51,6 +51,12 @@ class TransferRequest(Wire):
     path: HomePath
 
 
+class TransferQuery(Wire):
+    """What is asked before anything is sent: may files be moved to and from this kernel?"""
+
+    kernel: Identifier
+
+
 class TransferTerms(Wire):
     """What may be moved to and from a kernel, and for which Python a wheel has to be made.
 

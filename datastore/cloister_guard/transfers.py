@@ -24,13 +24,13 @@ from cloister_budget.journal import Journal
 from cloister_budget.policy import decide_transfer
 from cloister_budget.tables import Dataset
 from cloister_data.errors import InvalidRequestError, PolicyRefusedError, StorageError, TooLargeError
-from cloister_data.transfers import MAX_TRANSFER_BYTES, TransferRequest, TransferView
+from cloister_data.transfers import MAX_TRANSFER_BYTES, TransferRequest, TransferTerms, TransferView
 from cloister_guard.access import load_policy
 from cloister_guard.charging import Charging
 from cloister_guard.identity import Caller
 from cloister_guard.kernels import Kernels
 
-AT_ONCE = 4
+AT_ONCE = 8
 """Files that are kept here at the same time, each on the disk of the state."""
 
 
@@ -56,7 +56,12 @@ class Transfers:
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._kept = asyncio.Semaphore(AT_ONCE)
 
-    async def check(self, caller: Caller) -> None:
+    async def terms(self, caller: Caller, kernel: str) -> TransferTerms:
+        """What may be moved to and from a kernel of the caller's. Raises as `put` and `get` do."""
+        await self._check(caller)
+        return await self._kernels.runtime(caller, kernel)
+
+    async def _check(self, caller: Caller) -> None:
         """Raises PolicyRefusedError where an owner's policy forbids the caller to move files."""
         await self._charging.read(lambda session: _admit(session, caller.user))
 
@@ -71,7 +76,7 @@ class Transfers:
             raise _too_large()
         digest = hashlib.sha256()
         async with self._turn(caller):
-            await self.check(caller)
+            await self._check(caller)
 
             async def chunks() -> AsyncIterator[bytes]:
                 left = size
@@ -93,7 +98,7 @@ class Transfers:
         """A file of the kernel's home, once it is here whole and in the log. The caller closes it."""
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._turn(caller))
-            await self.check(caller)
+            await self._check(caller)
             await stack.enter_async_context(self._kept)
             digest = hashlib.sha256()
             async with self._kernels.get(caller, request) as (size, chunks):

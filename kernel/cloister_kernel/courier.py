@@ -36,6 +36,7 @@ from cloister_kernel.wheels import Interrupted, download
 
 CHUNK = 1 << 18
 SHOW_SECONDS = 0.5
+MAX_TOLD = 4000
 WHEELS = ".cloister-wheels"
 """Where wheels lie in the kernel's home until they are installed."""
 
@@ -70,7 +71,7 @@ class Courier:
             failed = InternalError("Your laptop failed to move the file.", why=f"{type(error).__name__}.")
             problem = failed.to_problem()
         return Outcome.model_validate(
-            {"kind": kind, "told": told, "problem": problem, "interrupted": interrupted, "wheels": wheels}
+            {"kind": kind, "told": told[:MAX_TOLD], "problem": problem, "interrupted": interrupted, "wheels": wheels}
             | {"names": names}
         )
 

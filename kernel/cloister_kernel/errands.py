@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from cloister.errands import METADATA, Outcome, errand_line
-from cloister_data.errors import InvalidRequestError
+from cloister_data.errors import InternalError, InvalidRequestError
 from cloister_kernel.signing import DELIMITER
 
 MAX_REQUEST = 1 << 16
@@ -83,7 +83,7 @@ class Errands:
         cancelled = self._cancelled = threading.Event()
         self._interrupted.clear()
         self._stopped = False
-        kind: Any = line.split()[1]
+        kind = _kind(line)
         try:
             while self._open and not self._interrupted.is_set():
                 self._settled.clear()
@@ -101,7 +101,7 @@ class Errands:
 
     async def _run(self, carry_out: CarryOut, line: str, header: bytes, cancelled: threading.Event) -> Outcome | None:
         """In a thread that nobody waits for at the end of the process: the network may keep it for minutes."""
-        loop = asyncio.get_running_loop()
+        loop, kind = asyncio.get_running_loop(), _kind(line)
         done: asyncio.Future[Outcome] = loop.create_future()
         shown: set[asyncio.Task[None]] = set()
 
@@ -114,7 +114,11 @@ class Errands:
             _from_thread(loop, begin)
 
         def work() -> None:
-            outcome = carry_out(line, show, cancelled)
+            try:
+                outcome = carry_out(line, show, cancelled)
+            except Exception as error:  # the notebook must go on
+                failed = InternalError("Your laptop failed to move the file.", why=f"{type(error).__name__}.")
+                outcome = Outcome(kind=kind, problem=failed.to_problem())
             _from_thread(loop, lambda: None if done.done() else done.set_result(outcome))
 
         threading.Thread(target=work, name="cloister-errand", daemon=True).start()
@@ -129,6 +133,10 @@ class Errands:
             return done.result() if done.done() else None
         finally:
             interrupted.cancel()
+
+
+def _kind(line: str) -> Any:
+    return line.split()[1]
 
 
 async def _awaited(work: Awaitable[object]) -> None:

@@ -189,7 +189,7 @@ def test_a_policy_that_comes_into_force_meanwhile_is_the_one_that_counts(
     with pytest.raises(PolicyRefusedError, match=name):
         transport.call("GET", f"/kernels/{kernel}/files", receive=TransferTerms)
     assert entries(shared_cloister) == before
-    assert len(entries(shared_cloister, "refused")) == refusals + 2
+    assert len(entries(shared_cloister, "refused")) == refusals + 3
     forbid(3, "allowed")
     with pytest.raises(NotFoundError):
         get(shared_cloister, kernel, "late")  # nothing of it remains

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from starlette.types import Receive, Scope, Send
 
 from cloister_data.errors import InvalidRequestError
-from cloister_data.transfers import Direction, TransferRequest, fault_of_path
+from cloister_data.transfers import Direction, TransferQuery, TransferRequest, fault_of_path
 from cloister_guard.guard import Guard
 from cloister_guard.http.messages import STALLED_SECONDS, answer, body_chunks, takes
 from cloister_guard.http.scientist import Id
@@ -17,6 +17,8 @@ from cloister_guard.identity import Caller
 from cloister_guard.transfers import Spool
 
 CHUNK = 1 << 20
+SLOWEST = 1 << 16
+"""Bytes a second, on the whole: a file that waits here for its laptop keeps a place that others want."""
 
 
 def make_router(guard: Guard, who: Any) -> APIRouter:
@@ -24,8 +26,8 @@ def make_router(guard: Guard, who: Any) -> APIRouter:
 
     @router.get("/files")
     async def terms(kernel: Id, caller: Annotated[Caller, Depends(who)]) -> Response:
-        await guard.transfers.check(caller)
-        return answer(await guard.kernels.runtime(caller, kernel))
+        query = TransferQuery(kernel=kernel)
+        return answer(await guard.refusals.counted(caller, query, lambda: guard.transfers.terms(caller, kernel)))
 
     @router.put("/files/{path:path}", openapi_extra=takes(media_type="application/octet-stream"))
     async def put(kernel: Id, path: str, caller: Annotated[Caller, Depends(who)], request: Request) -> Response:
@@ -64,9 +66,10 @@ class _Kept(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for chunk in self._chunks():
-                async with asyncio.timeout(STALLED_SECONDS):
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            async with asyncio.timeout(STALLED_SECONDS + self._spool.size / SLOWEST):
+                async for chunk in self._chunks():
+                    async with asyncio.timeout(STALLED_SECONDS):
+                        await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
         finally:
             await self._spool.close()
