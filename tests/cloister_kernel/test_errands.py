@@ -1,4 +1,4 @@
-"""The turn of an errand among a notebook's cells, and what a kernel's messages can do about it: nothing but bring it."""
+"""The turn of an errand among a notebook's cells, and what a kernel's messages can do about it."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ class Log:
     def __init__(self, wait: threading.Event | None = None) -> None:
         self.lines: list[str] = []
         self.shown: list[str] = []
+        self.seen = asyncio.Event()
         self._wait = wait
 
     def __call__(self, line: str, show: Callable[[str], None], cancelled: threading.Event) -> Outcome:
@@ -50,6 +51,7 @@ class Log:
 
     async def show(self, _cell: bytes, text: str) -> None:
         self.shown.append(text)
+        self.seen.set()
 
 
 def test_a_kernels_messages_carry_nothing_out() -> None:
@@ -130,8 +132,7 @@ def test_an_interrupt_ends_the_wait_and_the_work() -> None:
         for name in ("1", "2"):
             found.answered(reply(name))
         waiting = asyncio.create_task(found.in_turn(cell("%cloister put a", "3")))
-        while not log.shown:
-            await asyncio.sleep(0.01)
+        await log.seen.wait()
         assert found.cancel() is True
         going_on.set()
         await waiting
@@ -146,8 +147,7 @@ def test_an_errand_that_stalls_or_fails_lets_the_notebook_go_on() -> None:
         log = Log(never)
         found = Errands(log, log.show)
         waiting = asyncio.create_task(found.in_turn(cell("%cloister get a", "1")))
-        while not log.shown:
-            await asyncio.sleep(0.01)
+        await log.seen.wait()
         found.cancel()
         assert outcome(await asyncio.wait_for(waiting, errands.PATIENCE_SECONDS + 5)).interrupted
         never.set()
