@@ -43,7 +43,10 @@ def download(
     """The wheels of `packages` and of `wheels`, with all that they need, in `into`.
 
     pip takes them from where this computer's pip is configured to. It takes wheels only: building a package would run
-    its code here. Where it fails its own words are shown. Raises InvalidRequestError, TooLargeError, Interrupted.
+    its code here. What a package needs on some systems only (`sys_platform`) it looks up for this computer, which may
+    be another system than the kernel's: pip can't be told. Where it fails its own words are shown.
+
+    Raises InvalidRequestError, TooLargeError, Interrupted.
     """
     options = [option for tag in platforms(terms) for option in ("--platform", tag)]
     command = [

@@ -158,9 +158,9 @@ def test_nothing_is_moved_after_a_cell_that_failed(ann: Desk) -> None:
     assert ann.home() == []
 
 
-@pytest.mark.parametrize("operation", ["put", "get"])
+@pytest.mark.parametrize(("operation", "way"), [("put", "signal"), ("get", "signal"), ("put", "message")])
 def test_an_interrupt_ends_it_and_nothing_half_written_remains(
-    ann: Desk, operation: str, monkeypatch: pytest.MonkeyPatch
+    ann: Desk, operation: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     going = threading.Event()
 
@@ -175,7 +175,10 @@ def test_an_interrupt_ends_it_and_nothing_half_written_remains(
     ann.client.execute("%cloister put big" if operation == "put" else "%cloister get large")
     assert going.wait(20)
     started = time.monotonic()
-    ann.manager.interrupt_kernel()
+    if way == "signal":
+        ann.manager.interrupt_kernel()
+    else:
+        ann.client.control_channel.send(ann.client.session.msg("interrupt_request"))
     reply = ann.client.get_shell_msg(timeout=20)
     assert time.monotonic() - started < 5
     assert reply["content"]["ename"] == "KeyboardInterrupt"
@@ -242,9 +245,39 @@ def test_what_a_hostile_home_holds_is_not_moved(ann: Desk) -> None:
     refused(ann, "%cloister put a out/x", "no directory")
     refused(ann, "%cloister put a inside/x", "no directory")
     refused(ann, "%cloister get out/x", "no directory")
+    # Refused while the laptop still sends: it gets the reason nevertheless.
+    (ann.laptop / "a").write_bytes(bytes(24 << 20))
+    refused(ann, "%cloister put a dir", "no ordinary file")
     # A name with a line break is no line: the kernel's magic alone sees it, and moves nothing.
     refused(ann, "get_ipython().run_line_magic('cloister', 'put a \\nb')", "")
     assert [path.name for path in ann.laptop.iterdir()] == ["a"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="NOT CHECKED: kernels get uids of their own from root only")
+def test_a_kernel_that_kills_what_writes_into_its_home_gets_nothing_and_harms_nobody(ann: Desk) -> None:
+    (ann.laptop / "a").write_bytes(bytes(64 << 20))
+    before = ann.moved()
+    status, _ = ann.run(
+        "import os, signal, threading, time\n"
+        "def kill():\n"
+        "    end = time.monotonic() + 20\n"
+        "    while time.monotonic() < end and not killed:\n"
+        "        for pid in os.listdir('/proc'):\n"
+        "            try:\n"
+        "                if pid.isdigit() and int(pid) != os.getpid() and b'homefiles' in "
+        "open(f'/proc/{pid}/cmdline', 'rb').read():\n"
+        "                    os.kill(int(pid), signal.SIGKILL); killed.append(pid)\n"
+        "            except OSError: pass\n"
+        "killed = []; thread = threading.Thread(target=kill); thread.start()"
+    )
+    assert status == "ok"
+    status, text = ann.run("%cloister put a")
+    assert status == "error"
+    assert "was stopped" in text
+    assert ann.run("thread.join(); len(killed)")[1] == "1"
+    assert "a" not in ann.home()
+    assert ann.run("%cloister put a")[0] == "ok"  # the control
+    assert len(ann.moved()) <= len(before) + 2
 
 
 def test_a_line_inside_other_code_is_the_kernels_alone(ann: Desk) -> None:
