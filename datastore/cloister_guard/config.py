@@ -40,7 +40,8 @@ class GuardConfig(Wire):
 
     Attributes:
         listen: `address:port` for HTTPS; port 0 takes a free one.
-        state_dir: where the database and the encrypted datasets live; made with mode 0700.
+        state_dir: where the database and the encrypted datasets live; made with mode 0700. Files that leave a
+            kernel wait there, without a name: leave 16 GiB free (8 files of 2 GiB at the most).
         runtime_dir: where the unix sockets live: a short path that the kernels' users can traverse, outside state_dir.
         homes_dir: where the users' homes are kept, encrypted; by default `state_dir/homes`.
         platform: the hardware that proves this machine.

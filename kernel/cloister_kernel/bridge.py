@@ -8,6 +8,7 @@ stays here; it is checked on what comes in and put on what goes out.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import hmac
 import logging
@@ -34,8 +35,10 @@ from cloister_data.errors import (
 )
 from cloister_data.framing import Channel, ChannelFrame, FrameKind
 from cloister_kernel.endings import read_exit
+from cloister_kernel.errands import CarryOut, Errands
 from cloister_kernel.holdings import Holdings
 from cloister_kernel.link import LINK_ID_BYTES, Link
+from cloister_kernel.merging import message_type
 from cloister_kernel.notices import Notices, shuts_down
 from cloister_kernel.pump import carry
 from cloister_kernel.signing import DELIMITER, with_signature, without_signature
@@ -118,8 +121,15 @@ class Bridge:
     """
 
     def __init__(
-        self, address: LocalAddress, connect: Connect, log: logging.Logger | None = None, *, adopting: bool = False
+        self,
+        address: LocalAddress,
+        connect: Connect,
+        log: logging.Logger | None = None,
+        carry_out: CarryOut | None = None,
+        *,
+        adopting: bool = False,
     ) -> None:
+        """`carry_out` does what the notebook's lines for the laptop say; without it they all go to the kernel."""
         self.adopting = adopting
         self.exit_code: int | None = None
         self.connected = False
@@ -139,6 +149,7 @@ class Bridge:
         self._notices = Notices()
         self._told = ""
         self._heard = asyncio.Event()  # somebody listens to the kernel's output
+        self._errands = Errands(carry_out, self._show)
 
     def start(self, timeout: float = 60.0) -> None:
         """Bind the local sockets and reach the kernel for the first time. Raises what prevents either."""
@@ -167,6 +178,20 @@ class Bridge:
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._over.set)
+
+    def cancel_errand(self) -> bool:
+        """Interrupt what the laptop does for a cell. True where it was doing it: the kernel is idle then."""
+        loop = self._loop
+        if loop is None or not self._thread.is_alive():
+            return False
+
+        async def cancel() -> bool:
+            return self._errands.cancel()
+
+        try:
+            return asyncio.run_coroutine_threadsafe(cancel(), loop).result(timeout=1)
+        except (RuntimeError, TimeoutError, concurrent.futures.CancelledError):  # it is ending
+            return False
 
     def wait(self, timeout: float | None = None) -> int | None:
         self._ended.wait(timeout)
@@ -250,6 +275,10 @@ class Bridge:
             if message is None:
                 self._log.error("A message too large for the kernel's channel was dropped.")
                 continue
+            if channel is Channel.SHELL:
+                message = await self._errands.in_turn(message)
+            elif channel is Channel.CONTROL and message_type(message) == "interrupt_request":
+                self._errands.cancel()
             link.post(channel, message)
             self.asked_to_end |= channel is not Channel.STDIN and shuts_down(message)
             if channel is Channel.SHELL and self._notices.asked(message) and self.doubt is not None:
@@ -287,6 +316,7 @@ class Bridge:
         await self._await_listener()
         if frame.channel is Channel.SHELL:
             self._notices.answered(frame.parts)
+            self._errands.answered(frame.parts)
         message = with_signature(frame.parts, self._address.key)
         if message is not None:
             # Large ones aren't copied into ZeroMQ's own memory.
@@ -305,6 +335,9 @@ class Bridge:
             self._log.error("%s %s", ENDED, reason)
             await self._tell(self._notices.to_one(f"{ENDED} {reason}".rstrip()))
         self.set_exit_code(code)
+
+    async def _show(self, cell: bytes, text: str) -> None:
+        await self._tell([self._notices.progress(cell, text)])
 
     async def _note_doubt(self, error: Exception) -> None:
         """Tell the notebook and the log where it isn't the network that is in the way, but the machine's proof."""

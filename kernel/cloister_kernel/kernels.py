@@ -31,7 +31,7 @@ from cloister_kernel.journal import log
 from cloister_kernel.limits import ABANDONED_SECONDS, Limits
 from cloister_kernel.pool import Pool
 from cloister_kernel.relay import KernelRelay
-from cloister_kernel.spawner import Spawner, Started
+from cloister_kernel.spawner import HomeOperation, HomeProcess, Spawner, Started
 from cloister_kernel.usage import Memory, ProcessMemory
 
 REMEMBER_SECONDS = 600.0
@@ -218,6 +218,17 @@ class KernelService:
         if kernel is None:
             raise NotFoundError("There is no such kernel.", next_step="Start another one.")
         return kernel
+
+    def find_running(self, identifier: str) -> Kernel:
+        """One whose home is still there. Raises NotFoundError."""
+        kernel = self.find(identifier)
+        if kernel.exit_code is not None or kernel.started.process.returncode is not None:
+            raise NotFoundError("The kernel has ended, and its home is gone.", next_step="Start another one.")
+        return kernel
+
+    async def home_of(self, kernel: Kernel, operation: HomeOperation) -> HomeProcess:
+        """`homefiles.py` at work in the kernel's home."""
+        return await self._spawner.home_process(kernel.started, operation)
 
     async def signal(self, order: KernelSignal) -> KernelView:
         kernel = self.find(order.kernel)

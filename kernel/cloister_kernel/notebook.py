@@ -7,6 +7,7 @@ no internet sockets either, so what ipykernel does over TCP on loopback goes ove
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 import sys
@@ -19,6 +20,8 @@ import zmq
 from ipykernel.iostream import IOPubThread
 from ipykernel.kernelapp import IPKernelApp
 from zmq.eventloop.zmqstream import ZMQStream
+
+import cloister.magics
 
 
 class OutputThread(IOPubThread):
@@ -45,10 +48,6 @@ class OutputThread(IOPubThread):
         return context, pipe
 
 
-PACKAGES = ".cloister/packages"
-"""Where `%cloister pip install` puts packages, below the home."""
-
-
 class NotebookApp(IPKernelApp):
     """ipykernel's application with inherited sockets and without a heartbeat: the spawner watches the process."""
 
@@ -61,6 +60,11 @@ class NotebookApp(IPKernelApp):
         s.setsockopt(zmq.USE_FD, port)
         s.bind(f"ipc://{self.ip}-{port}")
         return port
+
+    def init_extensions(self) -> None:
+        super().init_extensions()  # type: ignore[no-untyped-call]
+        if self.shell is not None:
+            cloister.magics.load(self.shell)
 
     def init_heartbeat(self) -> None:
         self.heartbeat = None
@@ -98,8 +102,8 @@ def run_for_user(connection_file: str, wait_for_user: Callable[[], dict[str, str
         os._exit(70)  # EX_SOFTWARE; its threads would keep it from ending
     os.environ.update(wait_for_user())
     os.chdir(os.environ["HOME"])
-    # Last, so that nothing in it can take the place of a package of the image.
-    sys.path.append(os.path.join(os.environ["HOME"], PACKAGES))
+    # The home has come since: what was looked for in it and not found may be there.
+    importlib.invalidate_caches()
     app.start()
     sys.exit(0)
 

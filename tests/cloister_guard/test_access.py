@@ -220,6 +220,7 @@ def test_without_a_token_nothing_but_evidence_and_sign_in_is_offered(ready: Runn
             continue
         for verb in verbs:
             url = path.replace("{owner}", "a").replace("{name}", "b").replace("{action}", "interrupt")
+            url = url.replace("{path}", "x")
             for name in ("job", "release", "kernel", "request"):
                 url = url.replace("{" + name + "}", "0" * 32)
             answer = session.client.request(verb, url, content=b"{}")
@@ -271,7 +272,7 @@ def test_a_kernel_socket_offers_scientists_routes_alone_whoever_its_user_is(read
         for verb, path in (
             ("GET", "/users"), ("POST", "/users"), ("POST", "/kernels"), ("GET", "/kernels"), ("POST", "/datasets"),
             ("PUT", f"/datasets/{DATASET}/policy"), ("POST", "/login"), ("POST", "/.well-known/attest"),
-            ("GET", "/metrics"),
+            ("GET", "/metrics"), ("GET", f"/kernels/{kernel}/files/x"), ("PUT", f"/kernels/{kernel}/files/x"),
         ):  # fmt: skip
             with pytest.raises((NotFoundError, InvalidRequestError), match="route"):
                 transport.raw(verb, path, b"{}")

@@ -60,6 +60,7 @@ def test_every_vector_has_a_test() -> None:
         "checkpoint",
         "reference-values",
         "policy",
+        "policy-format-1",
         "population",
         "cosignature",
         "channel-frames",
@@ -111,9 +112,10 @@ def test_cosignature() -> None:
         assert f"`{label.decode().strip()}`" in TEXT
 
 
-def test_policy() -> None:
-    vector = VECTORS["policy"]
-    seed, owner_key = hexes("policy", "seed", "owner_key")
+@pytest.mark.parametrize("name", ["policy", "policy-format-1"])
+def test_policy(name: str) -> None:
+    vector = VECTORS[name]
+    seed, owner_key = hexes(name, "seed", "owner_key")
     key = Ed25519PrivateKey.from_private_bytes(seed)
     signed = sign_policy(Policy.from_json(vector["document"]), key)
     assert signed.document.decode() == vector["document"]
@@ -253,6 +255,8 @@ def test_orders() -> None:
 
 
 def test_figures_in_the_text() -> None:
+    from cloister.errands import METADATA
+    from cloister_data.transfers import MAX_PATH, MAX_TRANSFER_BYTES, MAX_TRANSFER_FRAME
     from cloister_guard.companion import MEET_SECONDS
     from cloister_guard.events import KEPT
     from cloister_guard.http.messages import MAX_JSON_BODY
@@ -273,6 +277,10 @@ def test_figures_in_the_text() -> None:
     assert f"sent every {MEET_SECONDS:.0f} seconds" in TEXT
     assert f"no guard has met for {GUARD_AWAY_SECONDS // 60:.0f} minutes" in TEXT
     assert f"at most {MAX_TEXT} characters" in " ".join(TEXT.split())
+    assert f"1 to {MAX_PATH} printable characters" in TEXT
+    assert f"A file has at most {MAX_TRANSFER_BYTES >> 30} GiB" in TEXT
+    assert f"in frames of at most {MAX_TRANSFER_FRAME >> 20} MiB" in TEXT
+    assert f"`Outcome` under `{METADATA}` in its metadata" in TEXT
 
 
 def test_launch_environment() -> None:
@@ -291,12 +299,12 @@ def _routes(router: APIRouter) -> set[str]:
 
 
 def test_routes() -> None:
-    from cloister_guard.http import audit, laptop, metrics, scientist
+    from cloister_guard.http import audit, files, laptop, metrics, scientist
 
     guard: object = None  # The routes close over it; none is called here.
     offered_to_kernels = _routes(scientist.make_router(guard, lambda: None))  # type: ignore[arg-type]
     https_only = _routes(laptop.make_router(guard))  # type: ignore[arg-type]
-    for part in (audit, metrics):
+    for part in (audit, files, metrics):
         https_only |= _routes(part.make_router(guard, lambda: None))  # type: ignore[arg-type]
     rows = table(PROTOCOL, "route")
     assert {row[0] for row in rows} == offered_to_kernels | https_only

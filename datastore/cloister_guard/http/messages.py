@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -25,21 +25,29 @@ _ROUTES = "docs/protocol.md lists the routes."
 W = TypeVar("W", bound=Wire)
 
 
-async def body_bytes(request: Request, limit: int) -> bytes:
-    """The whole body. Raises TooLargeError as soon as it passes `limit` bytes, InvalidRequestError where it stalls."""
-    parts, stream = bytearray(), aiter(request.stream())
+async def body_chunks(request: Request) -> AsyncIterator[bytes]:
+    """The body as it comes. Raises InvalidRequestError where it stalls."""
+    stream = aiter(request.stream())
     while True:
         try:
             async with asyncio.timeout(STALLED_SECONDS):
-                parts += await anext(stream)
+                chunk = await anext(stream)
         except StopAsyncIteration:
-            break
+            return
         except TimeoutError:
             raise InvalidRequestError(
                 "The request stopped half-way.",
                 why=f"Nothing more of it came for {STALLED_SECONDS:.0f} seconds.",
                 next_step="Send it again.",
             ) from None
+        yield chunk
+
+
+async def body_bytes(request: Request, limit: int) -> bytes:
+    """The whole body. Raises TooLargeError as soon as it passes `limit` bytes, InvalidRequestError where it stalls."""
+    parts = bytearray()
+    async for chunk in body_chunks(request):
+        parts += chunk
         if len(parts) > limit:
             raise TooLargeError(
                 "The request is too large.", why=f"The limit here is {limit} bytes.", next_step="Send less."

@@ -22,7 +22,7 @@ from cloister_attest.channel import ServerIdentity
 from cloister_data.errors import ConfigurationError, ConflictError, ForbiddenError
 from cloister_data.framing import MAX_CHANNEL_FRAME
 from cloister_guard.guard import VERSION, Guard
-from cloister_guard.http import audit, laptop, metrics, scientist
+from cloister_guard.http import audit, files, laptop, metrics, scientist
 from cloister_guard.http.messages import install_handlers
 from cloister_guard.identity import Caller
 
@@ -55,6 +55,7 @@ def laptop_app(guard: Guard) -> FastAPI:
     app.setup()
     app.include_router(laptop.make_router(guard))
     app.include_router(scientist.make_router(guard, laptop.bearer(guard)))
+    app.include_router(files.make_router(guard, laptop.bearer(guard)))
     app.include_router(audit.make_router(guard, laptop.bearer(guard)))
     app.include_router(metrics.make_router(guard, laptop.bearer(guard)))
     return app

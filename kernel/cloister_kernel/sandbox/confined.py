@@ -31,7 +31,7 @@ from cloister_kernel.sandbox.mounter import Mounter
 from cloister_kernel.sandbox.process import Confinement, Sandboxed, receive
 from cloister_kernel.sandbox.stage import as_configuration_error, find_bubblewrap, open_stage
 from cloister_kernel.sandbox.view import HOME, RUN_GUARD, RUN_KERNEL, Bound
-from cloister_kernel.spawner import Prepared, Started
+from cloister_kernel.spawner import HomeOperation, HomeProcess, Prepared, Started
 from cloister_kernel.uids import UidPool
 
 WARM_SECONDS = 120.0
@@ -228,6 +228,23 @@ class ConfinedSpawner:
 
     async def discard(self, prepared: Prepared) -> None:
         await self._bury(self._kernels[prepared.kernel])
+
+    async def home_process(self, started: Started, operation: HomeOperation) -> HomeProcess:
+        try:
+            running = await self.homes.run(
+                self.homes.path(started.user),
+                "cloister_kernel.homefiles",
+                [operation],
+                writable=operation == "put",
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+            )
+        except LayerError as error:
+            raise UnavailableError("A file can't be moved now.", why=str(error)) from error
+        into, output = running.process.stdin, running.process.stdout
+        if into is None or output is None:
+            raise UnavailableError("A file can't be moved.", why="What does it has no pipes.")
+        return HomeProcess(running.process, into, output, HOME, None, running.close)
 
     def interrupt(self, started: Started) -> None:
         sandboxed = self._kernels[started.kernel].sandboxed

@@ -30,6 +30,7 @@ from cloister_kernel.sandbox.view import HOME, Bound
 
 OWNER = 199_999
 """Who owns the files of every home, as they lie in memory; each sandbox shows them as its own uid's."""
+ARCHIVE = "cloister_kernel.sandbox.archive"
 BYTES_PER_FILE = 4096
 MAX_FILES = 1 << 20
 _INFO = b"cloister/home/1\n"
@@ -117,6 +118,10 @@ class Homes:
         with contextlib.suppress(OSError):
             home.path.rmdir()
 
+    def path(self, user: str) -> Path:
+        """Where the home of a user who has a kernel is mounted."""
+        return self._homes[user].path
+
     async def release(self, user: str) -> None:
         """One kernel less. After the last one the home is saved, in the background, and leaves memory."""
         home = self._homes[user]
@@ -182,7 +187,7 @@ class Homes:
             read, write = os.pipe()
             with os.fdopen(read, "rb") as pipe:
                 try:
-                    running = await self.run(home.path, "archive", ["save", home.fingerprint], stdout=write)
+                    running = await self.run(home.path, ARCHIVE, ["save", home.fingerprint], stdout=write)
                 finally:
                     os.close(write)
                 fingerprint = await asyncio.to_thread(_keep, pipe, home.file, key, home.fingerprint)
@@ -193,7 +198,7 @@ class Homes:
         read, write = os.pipe()
         with os.fdopen(write, "wb") as pipe:
             try:
-                running = await self.run(home.path, "archive", ["restore"], writable=True, stdin=read)
+                running = await self.run(home.path, ARCHIVE, ["restore"], writable=True, stdin=read)
             finally:
                 os.close(read)
             try:
@@ -220,12 +225,12 @@ class Homes:
         stdin: int = asyncio.subprocess.DEVNULL,
         stdout: int = asyncio.subprocess.DEVNULL,
     ) -> Sandboxed:
-        """A module of this package in a sandbox of its own that shows nothing but one home. Raises LayerError."""
+        """A module with a `main`, in a sandbox of its own that shows nothing but one home. Raises LayerError."""
         readable = [*self._confinement.view.readable, "/usr", "/etc", "/proc", "/dev"]
         return await self._confinement.start(
             self.owner,
             order={
-                "program": f"cloister_kernel.sandbox.{program}",
+                "program": program,
                 "arguments": arguments,
                 "readable": readable if writable else [*readable, "/home"],
                 "writable": ["/home", "/tmp"] if writable else ["/tmp"],  # noqa: S108 - the sandbox's own

@@ -116,7 +116,7 @@ class Confinement:
             process = await asyncio.create_subprocess_exec(
                 *("/bin/sh", "-c", ENTER, "sh", " ".join(map(os.fspath, groups))),
                 *command,
-                *(self.python, "-Xfrozen_modules=off", "-c", SHIM, json.dumps(complete)),
+                *(self.python, "-s", "-Xfrozen_modules=off", "-c", SHIM, json.dumps(complete)),
                 stdin=stdin,
                 stdout=stdout,
                 stderr=said,
