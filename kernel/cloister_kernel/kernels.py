@@ -117,6 +117,7 @@ class KernelService:
         self._rules = rules or Rules()
         self._pool = Pool(spawner, self._rules.warm, log)
         self._saved_at = time.monotonic()
+        self._saving: asyncio.Task[None] | None = None
         self._memory: Memory = memory or ProcessMemory()
         self._kernels: dict[str, Kernel] = {}
         self._starting: Counter[str] = Counter()  # by user
@@ -303,9 +304,16 @@ class KernelService:
                     await self._look_after(kernel, now)
                 elif now - kernel.ended_at > REMEMBER_SECONDS:
                     await self._forget(kernel)
-            if now - self._saved_at > SAVE_SECONDS:
-                await self._spawner.save()
-                self._saved_at = time.monotonic()
+            if now - self._saved_at > SAVE_SECONDS and (self._saving is None or self._saving.done()):
+                # Beside this loop: what a large or hostile home takes must keep no other kernel from its end.
+                self._saving = asyncio.create_task(self._save())
+                self._saved_at = now
+
+    async def _save(self) -> None:
+        try:
+            await self._spawner.save()
+        except Exception as error:
+            log("homes not saved", error=type(error).__name__)
 
     async def _look_after(self, kernel: Kernel, now: float) -> None:
         if kernel.relay.attached:
@@ -329,6 +337,8 @@ class KernelService:
         await asyncio.gather(*(self.end(kernel, "service") for kernel in kernels), return_exceptions=True)
         await asyncio.gather(*(kernel.relay.flush(FLUSH_SECONDS) for kernel in kernels), return_exceptions=True)
         await asyncio.gather(*(kernel.relay.close() for kernel in kernels), return_exceptions=True)
+        if self._saving is not None:
+            await self._saving
         await self._spawner.close()
 
 

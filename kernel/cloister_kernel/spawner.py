@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -47,8 +47,8 @@ HomeOperation = Literal["put", "get"]
 class HomeProcess:
     """`homefiles.py` at work in a kernel's home: what it is fed, and what it says.
 
-    `home` is the home's path as that process sees it; `uid` is whom it has to become first, or None. `release` is
-    called when it has ended.
+    `home` is the home's path as that process sees it; `uid` is whom it has to become first, or None. `release` ends
+    it, where it hasn't ended.
     """
 
     process: asyncio.subprocess.Process
@@ -56,7 +56,7 @@ class HomeProcess:
     output: asyncio.StreamReader
     home: str
     uid: int | None
-    release: Callable[[], None] = lambda: None
+    release: Callable[[], Awaitable[None]]
 
 
 class Spawner(Protocol):

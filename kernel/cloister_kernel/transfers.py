@@ -146,13 +146,9 @@ def _refusal(word: object, path: str) -> CloisterError:
 async def _end(at_home: HomeProcess) -> None:
     """Let it see that nobody writes any more, so that it takes away what is half written; then see that it ends."""
     at_home.into.close()
-    try:
+    with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(2):
             while await at_home.output.read(MAX_TRANSFER_FRAME):  # a full pipe would keep it from ending
                 pass
             await at_home.process.wait()
-    except TimeoutError:
-        with contextlib.suppress(ProcessLookupError):
-            at_home.process.kill()
-        await at_home.process.wait()
-    at_home.release()
+    await at_home.release()

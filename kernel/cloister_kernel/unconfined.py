@@ -199,7 +199,7 @@ class UnconfinedSpawner:
         if into is None or output is None:
             raise UnavailableError("A file can't be moved.", why="What does it has no pipes.")
         uid = started.uid if self.sandbox == "user" else None
-        return HomeProcess(process, into, output, str(self._homes / started.kernel), uid)
+        return HomeProcess(process, into, output, str(self._homes / started.kernel), uid, lambda: _ended(process))
 
     def interrupt(self, started: Started) -> None:
         if started.process.returncode is None:
@@ -242,6 +242,12 @@ class UnconfinedSpawner:
 
     async def close(self) -> None:
         """Nothing but its kernels is held."""
+
+
+async def _ended(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    await process.wait()
 
 
 async def _read_pipe(descriptor: int) -> bytes | None:

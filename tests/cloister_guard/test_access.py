@@ -272,6 +272,7 @@ def register(ready: RunningCloister, user: str) -> ControlAnswer:
 def test_a_kernel_socket_offers_scientists_routes_alone_whoever_its_user_is(ready: RunningCloister) -> None:
     answer = register(ready, "admin")
     assert answer.problem is None
+    kernel = Path(answer.socket).parent.name
     with Transport.unix(answer.socket) as transport:
         assert transport.call("GET", "/me", None, WhoAmI).role == "scientist"
         for verb, path in (

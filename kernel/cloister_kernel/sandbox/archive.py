@@ -1,11 +1,12 @@
 """A home as a stream, from inside a sandbox that shows nothing but that home: its content may be hostile.
 
-`save [FINGERPRINT]` writes one line, the tree's fingerprint, and then, unless it is FINGERPRINT, a tar archive to
-standard output; `restore` unpacks one from standard input. Standard library only.
+`save FINGERPRINT BYTES` writes one line, the tree's fingerprint, and then, unless it is FINGERPRINT, a tar archive to
+standard output, with at most BYTES of files; `restore` unpacks one from standard input. Standard library only.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -13,6 +14,7 @@ import stat
 import sys
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import BinaryIO
 
 HOME = "/home/cloister"
@@ -24,35 +26,62 @@ COMPLETE = b"complete\n"
 
 def main(arguments: list[str]) -> int:
     if arguments[0] == "save":
-        save(sys.stdout.buffer, HOME, arguments[1] if len(arguments) > 1 else "")
+        save(sys.stdout.buffer, HOME, arguments[1], int(arguments[2]))
     else:
         restore(sys.stdin.buffer, HOME)
     return 0
 
 
-def save(target: BinaryIO, home: str, known: str) -> None:
-    """Files, directories and symbolic links; sockets, pipes and hard links' sameness aren't kept. Raises OSError."""
-    found = sorted(_entries(home))
-    digest = hashlib.sha256()
-    for path, status in found:
-        facts = (os.fsencode(path), status.st_mode, status.st_size, status.st_mtime_ns)
-        digest.update(repr(facts).encode())
-    fingerprint = digest.hexdigest()
-    target.write(fingerprint.encode() + b"\n")
-    if fingerprint != known:
-        with tarfile.open(fileobj=target, mode="w|", format=tarfile.PAX_FORMAT) as archive:
-            for path, status in found:
-                _add(archive, home, path, status)
-        target.write(COMPLETE)
-    target.flush()
+def save(target: BinaryIO, home: str, known: str, limit: int) -> None:
+    """Files, directories, hard and symbolic links; sockets, pipes and set-id bits aren't kept. Raises OSError.
+
+    A file with holes can claim to be larger than any disk: what doesn't fit into `limit` bytes is left out.
+    """
+    with _Opened() as opened:
+        found = sorted(_entries(home, opened), key=lambda entry: entry[0])
+        digest = hashlib.sha256()
+        for path, status in found:
+            # When it was changed, which nobody can set: not when it was modified.
+            facts = (os.fsencode(path), status.st_mode, status.st_size, status.st_ino, status.st_ctime_ns)
+            digest.update(repr(facts).encode())
+        fingerprint = digest.hexdigest()
+        target.write(fingerprint.encode() + b"\n")
+        if fingerprint != known:
+            with tarfile.open(fileobj=target, mode="w|", format=tarfile.PAX_FORMAT) as archive:
+                _add_all(archive, home, found, limit, opened)
+            target.write(COMPLETE)
+        target.flush()
 
 
-def _entries(home: str) -> Iterator[tuple[str, os.stat_result]]:
+class _Opened:
+    """Files and directories whose owner may not read them: opened for as long as this is entered."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[str, int]] = []
+
+    def __enter__(self) -> _Opened:
+        return self
+
+    def open(self, path: str, mode: int) -> None:
+        """`mode` is its present one. Raises OSError."""
+        needed = 0o500 if stat.S_ISDIR(mode) else 0o400
+        if mode & needed != needed:
+            os.chmod(path, stat.S_IMODE(mode) | needed)
+            self._before.append((path, stat.S_IMODE(mode)))
+
+    def __exit__(self, *_: object) -> None:
+        for path, mode in reversed(self._before):
+            with suppress(OSError):
+                os.chmod(path, mode)
+
+
+def _entries(home: str, opened: _Opened) -> Iterator[tuple[str, os.stat_result]]:
     """Paths relative to `home`, and what lies there. What can't be looked at (gone, or too deep) is left out."""
-    waiting = [""]
+    waiting = [("", os.lstat(home))]
     while waiting:
-        directory = waiting.pop()
+        directory, own = waiting.pop()
         try:
+            opened.open(os.path.join(home, directory), own.st_mode)
             names = os.listdir(os.path.join(home, directory))
         except OSError:
             continue
@@ -63,30 +92,60 @@ def _entries(home: str) -> Iterator[tuple[str, os.stat_result]]:
             except OSError:
                 continue
             if stat.S_ISDIR(status.st_mode):
-                waiting.append(path)
+                waiting.append((path, status))
             if stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode):
                 yield path, status
 
 
-def _add(archive: tarfile.TarFile, home: str, path: str, status: os.stat_result) -> None:
+def _add_all(
+    archive: tarfile.TarFile, home: str, found: list[tuple[str, os.stat_result]], limit: int, opened: _Opened
+) -> None:
+    links: dict[int, str] = {}  # the files that are in the archive, by their inode
+    for path, status in found:
+        if stat.S_ISREG(status.st_mode) and status.st_ino not in links:
+            if status.st_size > limit:
+                continue
+            limit -= status.st_size
+            with suppress(OSError):
+                opened.open(os.path.join(home, path), status.st_mode)
+        try:
+            _add(archive, home, path, status, links)
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # deleted meanwhile
+        archive.members = []  # type: ignore[attr-defined] # it would remember each
+
+
+def _add(archive: tarfile.TarFile, home: str, path: str, status: os.stat_result, links: dict[int, str]) -> None:
+    """Raises OSError."""
     entry = tarfile.TarInfo(path)
     entry.mode, entry.mtime = stat.S_IMODE(status.st_mode), int(status.st_mtime)
     whole = os.path.join(home, path)
-    try:
-        if stat.S_ISDIR(status.st_mode):
-            entry.type = tarfile.DIRTYPE
-            archive.addfile(entry)
-        elif stat.S_ISLNK(status.st_mode):
+    if stat.S_ISDIR(status.st_mode):
+        entry.type = tarfile.DIRTYPE
+        archive.addfile(entry)
+    elif stat.S_ISLNK(status.st_mode):
+        try:
             entry.type, entry.linkname = tarfile.SYMTYPE, os.readlink(whole)
-            archive.addfile(entry)
-        else:
-            # Never a pipe that took the file's place: opening it would wait forever.
+        except OSError:
+            return  # it is something else meanwhile
+        archive.addfile(entry)
+    elif status.st_ino in links:
+        entry.type, entry.linkname = tarfile.LNKTYPE, links[status.st_ino]
+        archive.addfile(entry)
+    else:
+        # Never a pipe that took the file's place: opening it would wait forever.
+        try:
             descriptor = os.open(whole, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-            with os.fdopen(descriptor, "rb") as file:
-                entry.size = status.st_size
-                archive.addfile(entry, _Exactly(file, entry.size))
-    except FileNotFoundError:
-        return  # deleted meanwhile
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO):
+                return  # it is a link or a socket meanwhile
+            raise
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return
+            entry.size = status.st_size
+            archive.addfile(entry, _Exactly(file, entry.size))
+        links[status.st_ino] = path
 
 
 class _Exactly(io.RawIOBase):
@@ -105,4 +164,5 @@ class _Exactly(io.RawIOBase):
 def restore(source: BinaryIO, home: str) -> None:
     """Raises OSError, tarfile.TarError."""
     with tarfile.open(fileobj=source, mode="r|") as archive:
+        # Keeps paths below `home`, and takes set-id bits away.
         archive.extractall(home, filter="tar")

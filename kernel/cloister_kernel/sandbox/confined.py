@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cloister_data.errors import CloisterError, ConfigurationError, UnavailableError
+from cloister_data.errors import CloisterError, ConfigurationError, ConflictError, UnavailableError
 from cloister_data.framing import Channel
 from cloister_data.kernels import KernelLaunch
 from cloister_data.policy import Sandbox
+from cloister_kernel.journal import log
 from cloister_kernel.kernel_files import KernelSockets, check_socket_length, kernel_environment, named
 from cloister_kernel.remains import delete
 from cloister_kernel.sandbox.cgroups import Cgroups, Limits, find
@@ -34,7 +35,7 @@ from cloister_kernel.sandbox.view import HOME, RUN_GUARD, RUN_KERNEL, Bound
 from cloister_kernel.spawner import HomeOperation, HomeProcess, Prepared, Started
 from cloister_kernel.uids import UidPool
 
-WARM_SECONDS = 120.0
+READY_SECONDS = 120.0
 KILL_SECONDS = 10.0
 WRITABLE = ("/home", "/tmp", "/var/tmp", "/dev/shm")  # noqa: S108 - the sandbox's own
 
@@ -48,7 +49,8 @@ class _Kernel:
     sockets: KernelSockets
     guard_directory: Path
     sandboxed: Sandboxed | None = None
-    user: str | None = None  # whose home it holds
+    user: str | None = None  # whose it is, from the start of its assignment
+    holds_home: bool = False
     paths: dict[Channel, str] = field(default_factory=dict)
 
     @property
@@ -96,7 +98,7 @@ class ConfinedSpawner:
         except LayerError as error:
             raise as_configuration_error(error) from error
         confinement = Confinement(view, bwrap, sys.executable, rootless=rootless, tmp_bytes=tmp_bytes)
-        homes = Homes(runtime / "h", vault, confinement, mounter, home_bytes)
+        homes = Homes(runtime / "h", vault, confinement, mounter, cgroups, home_bytes, log)
         return cls(confinement, mounter, cgroups, homes, runtime, limits)
 
     async def check(self) -> None:
@@ -106,6 +108,13 @@ class ConfinedSpawner:
         try:
             if kernel.running.pid not in kernel.cgroup.pids():
                 raise as_configuration_error(LayerError("cgroup", "A kernel didn't enter its own.", REPORT))
+            try:
+                await self.homes.try_out(lambda home: self._attach(kernel, home))
+            except (OSError, CloisterError) as error:
+                why = f"None can be shown to a kernel ({error})."
+                raise as_configuration_error(LayerError("home", why, "Use Linux 6.3 or newer.")) from error
+            except LayerError as error:
+                raise as_configuration_error(error) from error
         finally:
             await self.discard(prepared)
 
@@ -123,10 +132,9 @@ class ConfinedSpawner:
             )
             self._kernels[identifier] = kernel
             await self._start(kernel)
-            if warm:
-                report, _ = await receive(kernel.running.control, WARM_SECONDS)
-                if report is None or report.state != "ready":
-                    raise UnavailableError("A warm kernel ended before it was ready.")
+            report, _ = await receive(kernel.running.control, READY_SECONDS)
+            if report is None or report.state != "ready":
+                raise UnavailableError("The kernel ended before it was ready.")
         except BaseException as error:
             if kernel is None:
                 self._uids.give_back(uid)
@@ -183,11 +191,11 @@ class ConfinedSpawner:
             if Path(guard_socket).parent != kernel.guard_directory:
                 raise UnavailableError("The guard made the kernel's socket in another directory.")
             environment = kernel_environment(launch, home=HOME, user=user, guard_socket=inside)
-            home = await self.homes.acquire(user, launch.home_key)
+            self._refuse_second_user(user)
             kernel.user = user
-            owners = None if self._confinement.rootless else (self.homes.owner, prepared.uid)
-            namespace = kernel.running.namespace
-            await asyncio.to_thread(self._mounter.attach, str(home), HOME, namespace, owners)
+            home = await self.homes.acquire(user, launch.home_key)
+            kernel.holds_home = True
+            await self._attach(kernel, home)
             message = json.dumps({"environment": environment}).encode()
             await asyncio.get_running_loop().sock_sendall(kernel.running.control, message)
         except BaseException as error:
@@ -206,6 +214,23 @@ class ConfinedSpawner:
             kernel.paths,
             guard_socket,
         )
+
+    async def _attach(self, kernel: _Kernel, home: Path) -> None:
+        """Raises OSError."""
+        owners = None if self._confinement.rootless else (self.homes.owner, kernel.prepared.uid)
+        await asyncio.to_thread(self._mounter.attach, str(home), HOME, kernel.running.namespace, owners)
+
+    def _refuse_second_user(self, user: str) -> None:
+        """Without root. Raises ConflictError."""
+        others = {kernel.user for kernel in self._kernels.values()} - {None, user}
+        if self._confinement.rootless and others:
+            raise ConflictError(
+                "Somebody else's kernels run in this cloister, which serves one user at a time.",
+                why="An ordinary user of its machine runs it, so all kernels have the same uid and nothing but their "
+                "sandboxes between them.",
+                next_step="Wait until those kernels have ended, or ask the admin to run the cloister as root: then "
+                "each kernel gets a uid of its own.",
+            )
 
     def used(self, kernels: Sequence[Started]) -> int:
         """Bytes of memory that these kernels hold together; see `cloister_kernel.usage.Memory`."""
@@ -231,26 +256,20 @@ class ConfinedSpawner:
 
     async def home_process(self, started: Started, operation: HomeOperation) -> HomeProcess:
         try:
-            running = await self.homes.run(
-                self.homes.path(started.user),
-                "cloister_kernel.homefiles",
-                [operation],
-                writable=operation == "put",
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-            )
+            running, release = await self.homes.at_home(started.user, operation)
         except LayerError as error:
             raise UnavailableError("A file can't be moved now.", why=str(error)) from error
         into, output = running.process.stdin, running.process.stdout
         if into is None or output is None:
             raise UnavailableError("A file can't be moved.", why="What does it has no pipes.")
-        return HomeProcess(running.process, into, output, HOME, None, running.close)
+        return HomeProcess(running.process, into, output, HOME, None, release)
 
     def interrupt(self, started: Started) -> None:
-        sandboxed = self._kernels[started.kernel].sandboxed
-        if sandboxed is not None and started.process.returncode is None:
+        kernel = self._kernels.get(started.kernel)
+        # What has ended is still known for a while; and its pid may be another's by now.
+        if kernel is not None and kernel.running.pid in kernel.cgroup.pids():
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(sandboxed.pid, signal.SIGINT)
+                os.killpg(kernel.running.pid, signal.SIGINT)
 
     def exit_code(self, code: int) -> int:
         # bubblewrap passes a signal on as a shell does.
@@ -276,9 +295,9 @@ class ConfinedSpawner:
         except LayerError as error:
             raise UnavailableError("Processes of an ended kernel go on.", why=str(error)) from error
         finally:
-            if kernel.user is not None:
-                user, kernel.user = kernel.user, None
-                await self.homes.release(user)
+            if kernel.user is not None and kernel.holds_home:
+                kernel.holds_home = False
+                await self.homes.release(kernel.user)
             await asyncio.to_thread(shutil.rmtree, kernel.sockets.directory, ignore_errors=True)
             with contextlib.suppress(OSError):
                 kernel.guard_directory.rmdir()
@@ -311,6 +330,6 @@ def _early_environment() -> dict[str, str]:
         "HOME": HOME,
         "PATH": "/usr/bin:/bin",
         "LANG": "C.UTF-8",
-        "TMPDIR": "/tmp",  # noqa: S108 - the sandbox's own
+        "TMPDIR": "/tmp",  # noqa: S108 - libzmq would make its own sockets in the current directory
         "IPYTHONDIR": "/tmp/.ipython",  # noqa: S108 - the sandbox's own
     }

@@ -29,6 +29,9 @@ _TIOCSTI, _TIOCLINUX, _TIOCSETD = 0x5412, 0x541C, 0x5423
 # bridge). The requests to sockets proper lie below.
 _DEVICE_REQUESTS_FIRST, _DEVICE_REQUESTS_END = 0x8910, 0x8C00
 
+# linux/fcntl.h: as inotify, a signal for each time that somebody reads a file of a directory.
+_F_NOTIFY = 1026
+
 _READ_PERSONALITY = 0xFFFFFFFF
 _MADV_MERGEABLE = 12
 _RWF_NOWAIT = 0x8
@@ -107,6 +110,7 @@ def _by_argument() -> dict[str, list[bytes]]:
         "socket": family,
         "socketpair": family,
         "ioctl": _ioctl(),
+        "fcntl": _match(1, {_F_NOTIFY: bpf.ERRNO | errno.EINVAL}, bpf.ALLOW),
         "personality": _match(0, {0: bpf.ALLOW, _READ_PERSONALITY: bpf.ALLOW}, refused),
         "prctl": _match(0, dict.fromkeys(_PRCTL, bpf.ALLOW), bpf.ERRNO | errno.EINVAL),
         "mknod": _refuse_bits(1, _S_DEVICE_BIT, errno.EPERM),

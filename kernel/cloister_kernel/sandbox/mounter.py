@@ -41,8 +41,9 @@ class Mounter:
         if self._pid == 0:
             try:
                 ours.close()
-                # Ctrl-C reaches the whole group; this process is needed until the service has put things away.
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                # They reach the whole group; this process is needed until the service has put things away.
+                for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+                    signal.signal(number, signal.SIG_IGN)
                 die_with_parent(signal.SIGKILL)
                 if os.getppid() == parent:
                     serve(theirs)

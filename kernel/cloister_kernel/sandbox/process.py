@@ -28,6 +28,8 @@ from cloister_kernel.sandbox.view import Bound, View, bubblewrap, contents, impo
 
 LOCK_SECONDS = 30.0
 MAX_REPORT = 64 << 10
+ISOLATED = ("-s", "-P", "-Xfrozen_modules=off")
+"""Python imports nothing from the home, which may be there already, nor from the current directory."""
 SHIM = "from cloister_kernel.sandbox.shim import main; main()"
 ENTER = 'for group in $1; do echo 0 > "$group" || exit 71; done; echo 500 > /proc/self/oom_score_adj; shift; exec "$@"'
 _CREDENTIALS = struct.Struct("3i")
@@ -116,7 +118,7 @@ class Confinement:
             process = await asyncio.create_subprocess_exec(
                 *("/bin/sh", "-c", ENTER, "sh", " ".join(map(os.fspath, groups))),
                 *command,
-                *(self.python, "-s", "-Xfrozen_modules=off", "-c", SHIM, json.dumps(complete)),
+                *(self.python, *ISOLATED, "-c", SHIM, json.dumps(complete)),
                 stdin=stdin,
                 stdout=stdout,
                 stderr=said,

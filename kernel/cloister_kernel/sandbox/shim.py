@@ -81,7 +81,11 @@ def _become_kernel(control: socket.socket, order: dict[str, Any]) -> NoReturn:
         environment: dict[str, str] = json.loads(message)["environment"]
         return environment
 
-    run_for_user(order["connection"], wait_for_user)
+    try:
+        run_for_user(order["connection"], wait_for_user)
+    except Exception:
+        # Python's own way out would wait for sockets that nobody reads: a kernel that neither runs nor ends.
+        os._exit(70)  # EX_SOFTWARE
 
 
 def _no_more_words() -> None:

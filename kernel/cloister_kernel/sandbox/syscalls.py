@@ -14,13 +14,12 @@ _ALLOWED_BY_PURPOSE = {
         lseek stat fstat lstat newfstatat statx statfs fstatfs access faccessat faccessat2 getdents getdents64 getcwd
         chdir fchdir rename renameat renameat2 mkdir mkdirat rmdir link linkat unlink unlinkat symlink symlinkat
         readlink readlinkat chmod fchmod fchmodat fchmodat2 chown fchown lchown fchownat umask truncate ftruncate
-        fallocate utime utimes futimesat utimensat fsync fdatasync sync_file_range syncfs fadvise64 readahead flock
+        fallocate utime utimes futimesat utimensat fsync fdatasync sync_file_range fadvise64 readahead flock
         fcntl dup dup2 dup3 sendfile splice tee copy_file_range getxattr lgetxattr fgetxattr listxattr llistxattr
         flistxattr""",
     "pipes, events and waiting": """
         pipe pipe2 poll ppoll select pselect6 epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2
-        eventfd eventfd2 signalfd signalfd4 timerfd_create timerfd_settime timerfd_gettime inotify_init inotify_init1
-        inotify_add_watch inotify_rm_watch""",
+        eventfd eventfd2 signalfd signalfd4 timerfd_create timerfd_settime timerfd_gettime""",
     "sockets, once made": """
         connect accept accept4 bind listen shutdown getsockname getpeername setsockopt getsockopt sendto recvfrom
         sendmsg recvmsg sendmmsg recvmmsg""",
@@ -58,11 +57,13 @@ _REFUSED_BY_REASON = {
         mount_setattr unshare setns name_to_handle_at open_by_handle_at""",
     "ways round the filter, and large attack surfaces": """
         io_uring_setup io_uring_enter io_uring_register bpf perf_event_open vmsplice fanotify_init fanotify_mark""",
+    "what others do with a file that is shown to all: the guard's workers read the same packages": """
+        inotify_init inotify_init1 inotify_add_watch inotify_rm_watch""",
     "keys of the kernel": "add_key request_key keyctl",
     "the machine": """
         init_module finit_module delete_module kexec_load kexec_file_load reboot swapon swapoff acct quotactl
-        quotactl_fd syslog sethostname setdomainname vhangup sync iopl ioperm modify_ldt settimeofday clock_settime
-        adjtimex clock_adjtime""",
+        quotactl_fd syslog sethostname setdomainname vhangup sync syncfs iopl ioperm modify_ldt settimeofday
+        clock_settime adjtimex clock_adjtime""",
     "other identities": """
         setuid setgid setreuid setregid setresuid setresgid setfsuid setfsgid setgroups capset""",
     "message queues": """

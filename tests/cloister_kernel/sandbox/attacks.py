@@ -87,6 +87,11 @@ def mergeable() -> None:
         pages.madvise(12)
 
 
+def watch() -> None:
+    """Learn of each time that somebody else opens a program."""
+    call("inotify_add_watch", call("inotify_init1", 0), b"/usr/bin", 0x20)
+
+
 def interrupt_80() -> None:
     # mov eax, 20 (getpid of the 32-bit ABI); int 0x80; ret
     code = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
@@ -135,6 +140,9 @@ ANYONE: dict[str, Callable[[], object]] = {
     "setns": lambda: call("setns", NOWHERE, 0),
     "open_tree": lambda: call("open_tree", -100, b"/", 0),
     "name_to_handle_at": lambda: call("name_to_handle_at", -100, b"/nowhere-at-all", None, None, 0),
+    "inotify": watch,
+    "dnotify": lambda: fcntl.fcntl(os.open("/usr/bin", os.O_RDONLY), fcntl.F_NOTIFY, fcntl.DN_ACCESS),
+    "syncfs": lambda: call("syncfs", os.open("/usr/bin", os.O_RDONLY)),
     "keyctl": lambda: call("keyctl", 0, -3, 1),
     "request_key": lambda: call("request_key", None, None, None, 0),
     "add_key": lambda: call("add_key", None, None, None, 0, 0),

@@ -6,7 +6,7 @@ import sys
 from cloister_kernel.process import no_new_privileges
 from cloister_kernel.sandbox import filter as kernel_filter
 from cloister_kernel.sandbox import landlock
-from cloister_kernel.spawner import package_sources
+from cloister_kernel.sandbox.view import package_sources
 
 
 def interpreter() -> list[str]:

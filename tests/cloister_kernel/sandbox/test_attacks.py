@@ -14,7 +14,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="NOT CHECKED: without 
 # What stops an attempt with the filter, where that isn't EPERM.
 OTHERWISE = {
     **dict.fromkeys(("clone3",), "ENOSYS"),
-    **dict.fromkeys(("clear_ambient", "prctl_high", "mergeable"), "EINVAL"),
+    **dict.fromkeys(("clear_ambient", "prctl_high", "mergeable", "dnotify"), "EINVAL"),
     **dict.fromkeys(("netlink", "preadv2_nowait"), "ENOTSUP"),
     **dict.fromkeys(("x32", "int_0x80"), "SIGSYS"),
     **dict.fromkeys(("inet", "inet6", "inet_high", "udp", "packet", "own_lenient_filter"), "EAFNOSUPPORT"),
