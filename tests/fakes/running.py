@@ -178,10 +178,12 @@ def start(base: Path, runtime: Path, config: Path, *arguments: str) -> RunningCl
 
 
 @contextlib.contextmanager
-def running_cloister(extra: str = "", state: Path | None = None) -> Iterator[RunningCloister]:
+def running_cloister(
+    extra: str = "", state: Path | None = None, arguments: tuple[str, ...] = ()
+) -> Iterator[RunningCloister]:
     """A cloister in directories of its own, which are gone afterwards, as are all its processes.
 
-    `state` may name another place for the state directory.
+    `state` may name another place for the state directory; `arguments` are `cloister serve`'s.
     """
     base = Path(tempfile.mkdtemp(prefix="clo-state-"))
     runtime = Path(tempfile.mkdtemp(prefix="clo-run-"))
@@ -191,7 +193,7 @@ def running_cloister(extra: str = "", state: Path | None = None) -> Iterator[Run
     try:
         if state is not None:
             (base / "state").symlink_to(state)
-        found = start(base, runtime, write_config(base, runtime, extra=extra))
+        found = start(base, runtime, write_config(base, runtime, extra=extra), *arguments)
         yield found
     finally:
         if found is not None:
