@@ -45,6 +45,7 @@ from tests.fakes.battery import (
     kernel_of,
     marked_processes,
     run_bare,
+    run_in_its_place,
     run_in_kernel,
 )
 from tests.fakes.canaries import DECOY, Canaries, planted
@@ -72,6 +73,7 @@ class Ground:
     cloister: RunningCloister
     canaries: Canaries
     attacker: tuple[KernelManager, BlockingKernelClient]
+    specs: KernelSpecManager
     watch: Watch
     effects: Effects
 
@@ -178,6 +180,7 @@ def _around(found: RunningCloister, canaries: Canaries) -> None:
             "descriptors": 20_000,
             "message": 32 << 20,
             "messages": 10_000,
+            "endless": 192 << 20,
         },
     }
     given["machine"] |= {"guard": True, "leaked_descriptor": True}
@@ -201,7 +204,12 @@ def _seen(happened: bool, what: str) -> str:
 def _effects(found: RunningCloister, canaries: Canaries, heard: list[str]) -> Effects:
     given = canaries.given
     guard = psutil.Process(found.process.pid)
-    files = guard.num_fds()
+    (service,) = [child for child in guard.children() if "cloister_kernel.service" in child.cmdline()]
+    files, sizes = guard.num_fds(), {process: process.memory_info().rss for process in (guard, service)}
+
+    def grown(process: psutil.Process) -> str:
+        more = process.memory_info().rss - sizes[process]
+        return _seen(more > 160 << 20, f"grew by {more >> 20} MiB")
 
     def planted_file(kind: str) -> str:
         places = [*given[kind], *map(str, canaries.directories.values())]
@@ -228,6 +236,8 @@ def _effects(found: RunningCloister, canaries: Canaries, heard: list[str]) -> Ef
         "guard: descriptors by SCM_RIGHTS, to the guard and from it": lambda: _seen(
             guard.num_fds() > files + 400, f"the guard has {guard.num_fds()} open files, where it had {files}"
         ),
+        "guard: a body that never ends": lambda: grown(guard),
+        "peer: a message that never ends": lambda: grown(service),
         "guard: lines put into its log": log,
         "output: messages that claim another session's request": forged,
         "output: messages for another session's comm": forged,
@@ -269,13 +279,13 @@ def ground(arguments: tuple[str, ...], tmp_path: Path) -> Iterator[Ground]:
         watch = Watch(lambda: session.transport.call("GET", "/me", None, WhoAmI), client)
         watch.start()
         stack.callback(watch.stop)
-        yield Ground(found, canaries, attacker, watch, _effects(found, canaries, watch.heard))
+        yield Ground(found, canaries, attacker, specs, watch, _effects(found, canaries, watch.heard))
 
 
 def attack(scene: Ground) -> Report:
     """Every theme from inside ann's kernel; then that kernel is ended while it loops and ignores what asks it to stop."""
     manager, client = scene.attacker
-    report = run_in_kernel(client, scene.canaries, scene.effects, scene.watch, (*SANDBOX, *PROTOCOL))
+    report = run_in_kernel(client, scene.canaries, scene.effects, scene.watch, (*SANDBOX, "guard", "handles", "output"))
     daemon = scene.canaries.given["daemon"]
     started = marked_processes(daemon)
     client.execute("import signal\nfor n in (2, 15): signal.signal(n, signal.SIG_IGN)\nwhile True: pass")
@@ -289,6 +299,8 @@ def attack(scene: Ground) -> Report:
     assert started, "the daemon wasn't even started"
     for pid in left:
         os.kill(pid, signal.SIGKILL)
+    with kernel_of("ann", scene.specs) as (_, lost):
+        report.results += run_in_its_place(lost, scene.canaries, scene.effects, scene.watch)
     return report
 
 

@@ -26,15 +26,16 @@ import psutil
 from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import KernelManager
+from jupyter_core.utils import ensure_event_loop
 
 from tests.fakes.canaries import Canaries
 from tests.fakes.kernel_client import run
 
 BATTERY = Path(__file__).parent.parent / "attack" / "battery"
 # The order matters: the first two are what the others import; the last may cost the kernel its connections.
-MODULES = ("registry", "native", "files", "processes", "network", "syscalls", "limits", "guard_socket", "handles", "output")
+MODULES = ("registry", "native", "files", "processes", "network", "syscalls", "limits", "guard_socket", "handles", "output", "peer")
 SANDBOX = ("files", "processes", "network", "syscalls", "limits")
-PROTOCOL = ("guard", "handles", "output")
+PROTOCOL = ("guard", "handles", "output", "peer")
 PATIENCE = 10.0
 """Seconds in which the guard and another kernel must answer, whatever is going on."""
 
@@ -66,6 +67,7 @@ class Result:
     name: str
     verdict: str
     detail: str
+    took: str = ""
 
     @property
     def theme(self) -> str:
@@ -109,6 +111,12 @@ class Watch(threading.Thread):
         self.heard: list[str] = []
 
     def run(self) -> None:
+        try:
+            self._go_on()
+        finally:
+            ensure_event_loop().close()  # this thread's own, which the blocking client has made
+
+    def _go_on(self) -> None:
         while not self._over.wait(0.05):
             started = time.monotonic()
             try:
@@ -172,7 +180,7 @@ def judge(raw: list[dict[str, str]], canaries: Canaries, effects: Effects, fault
             verdict = "pending"
         elif verdict == "open" and one["proof"] == "watch":
             verdict, detail = ("open", f"{detail}; {faults[0]}") if faults else ("stopped", f"all were served: {detail}")
-        judged.append(Result(one["name"], verdict, detail))
+        judged.append(Result(one["name"], verdict, detail, one["took"]))
     return judged
 
 
@@ -209,22 +217,48 @@ def run_in_kernel(
 ) -> Report:
     """Each theme in a cell of its own; the results are fetched by another one, as a theme may cost the output."""
     report = Report()
-    status, text = run(client, loader(canaries.given | {"bare": False}))
-    assert status == "ok", text[-2000:]
+    _load(client, canaries)
     for theme in themes:
-        since = time.monotonic()
-        rounds = watch.rounds
-        request = client.execute(f"_found[{theme!r}] = _registry.run_theme({theme!r}, _given)")
-        _wait_for_reply(client, request, 120)
-        deadline = time.monotonic() + 4 * PATIENCE
-        while watch.rounds < rounds + 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        faults = [what for at, what in watch.faults if at >= since - PATIENCE]
-        if watch.rounds < rounds + 2:
-            faults.append("the guard or the other kernel is silent")
+        with _watched(watch, theme) as faults:
+            _wait_for_reply(client, client.execute(f"_found[{theme!r}] = _registry.run_theme({theme!r}, _given)"), 120)
         report.heard += _drain(client)
         report.results += judge(_fetch(client, theme), canaries, effects, faults)
     return report
+
+
+def run_in_its_place(client: BlockingKernelClient, canaries: Canaries, effects: Effects, watch: Watch) -> list[Result]:
+    """The attacks of peer.py, after which this kernel is lost. Their results come without being asked for."""
+    _load(client, canaries)
+    with _watched(watch, "peer") as faults:
+        client.execute("_s.modules['tests.attack.battery.peer'].take_the_kernels_place(_given)")
+        deadline, text = time.monotonic() + 30, ""
+        while "RESULT>>" not in text and time.monotonic() < deadline:
+            with contextlib.suppress(queue.Empty):
+                text = str(client.get_iopub_msg(timeout=1)["content"].get("text"))
+    if "RESULT>>" not in text:
+        raise AssertionError("the relay passes nothing on any more" if not faults else faults[0])
+    return judge(json.loads(text.split("<<RESULT")[1].split("RESULT>>")[0]), canaries, effects, faults)
+
+
+def _load(client: BlockingKernelClient, canaries: Canaries) -> None:
+    # cloister is imported once, and not in each child anew.
+    status, text = run(client, "import cloister\n" + loader(canaries.given | {"bare": False}))
+    assert status == "ok", text[-2000:]
+
+
+@contextlib.contextmanager
+def _watched(watch: Watch, theme: str) -> Iterator[list[str]]:
+    """Afterwards the list holds who wasn't served meanwhile, and in the two rounds after."""
+    since, faults = time.monotonic(), list[str]()
+    yield faults
+    if os.environ.get("BATTERY_DEBUG"):
+        sys.stderr.write(f"{theme} {time.monotonic() - since:.1f} s\n")
+    rounds, deadline = watch.rounds, time.monotonic() + 4 * PATIENCE
+    while watch.rounds < rounds + 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if watch.rounds < rounds + 2:
+        faults.append("the guard or the other kernel is silent")
+    faults += [what for at, what in watch.faults if at >= since - PATIENCE]
 
 
 def _wait_for_reply(client: BlockingKernelClient, request: str, seconds: float) -> None:
@@ -252,11 +286,15 @@ def _answers(client: BlockingKernelClient) -> bool:
 
 
 def _drain(client: BlockingKernelClient) -> list[str]:
+    """What the kernel sent; the attacks' malformed messages are its own client's affair, and are passed over."""
     heard = []
-    with contextlib.suppress(queue.Empty):
-        while True:
-            heard.append(json.dumps(client.get_iopub_msg(timeout=1)["content"], default=repr)[:4096])
-    return heard
+    while True:
+        try:
+            heard.append(json.dumps(client.get_iopub_msg(timeout=0.5)["content"], default=repr)[:4096])
+        except queue.Empty:
+            return heard
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            continue
 
 
 def _fetch(client: BlockingKernelClient, theme: str) -> list[dict[str, str]]:

@@ -21,7 +21,7 @@ def connect(seconds: float = 3.0) -> socket.socket:
 
 
 def talk(said: bytes, seconds: float = 3.0) -> bytes:
-    """Everything that comes back until the guard is silent for a while, or hangs up."""
+    """Everything that comes back until the guard hangs up, or is silent for a while."""
     with connect(seconds) as made:
         heard = b""
         try:
@@ -38,7 +38,7 @@ def talk(said: bytes, seconds: float = 3.0) -> bytes:
 
 
 def request(method: str, path: str, body: bytes = b"", *headers: str) -> bytes:
-    lines = [f"{method} {path} HTTP/1.1", "Host: cloister", *headers]
+    lines = [f"{method} {path} HTTP/1.1", "Host: cloister", "Connection: close", *headers]
     if body or method in ("POST", "PUT"):
         lines.append(f"Content-Length: {len(body)}")
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
@@ -89,7 +89,7 @@ def forged_user_in_body(given: Given) -> str:
     return refused(request("POST", "/api/v1/queries", json.dumps({**body, "user": given["victim"]["user"]}).encode()))
 
 
-@attack("guard: routes of owners, admins and laptops", proof="seen", bare=False)
+@attack("guard: routes of owners, admins and laptops", proof="seen", bare=False, seconds=15)
 def other_routes(given: Given) -> str:
     tries = [
         ("POST", "/api/v1/users"),
@@ -199,7 +199,7 @@ def bombs(given: Given) -> str:
     return f"{len(bodies)} bodies refused"
 
 
-@attack("guard: a pickle, a YAML and XML", proof="host", bare=False)
+@attack("guard: a pickle, a YAML and XML", proof="host", bare=False, seconds=15)
 def executed(given: Given) -> str:
     """Each would make a file where only the guard may, if anybody executed it."""
     command = f"touch {given['executed']}"
@@ -218,7 +218,7 @@ def executed(given: Given) -> str:
     return "all were refused; whether one was executed, the host sees"
 
 
-@attack("guard: text that becomes code or an address", proof="seen", bare=False)
+@attack("guard: text that becomes code or an address", proof="seen", bare=False, seconds=15)
 def expressions(given: Given) -> str:
     """The guard takes names and numbers only: an expression, a path or a pattern is no column."""
     strange = (
@@ -291,7 +291,6 @@ def bad_http(given: Given) -> str:
         "a space before the colon": b"GET /api/v1/me HTTP/1.1\r\nHost : cloister\r\n\r\n",
         "NUL in a header": b"GET /api/v1/me HTTP/1.1\r\nHost: clo\x00ister\r\n\r\n",
         "no method": b" /api/v1/me HTTP/1.1\r\n\r\n",
-        "another protocol": b"GET /api/v1/me HTTP/9.9\r\nHost: cloister\r\n\r\n",
         "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         "a header of 1 MiB": b"GET /api/v1/me HTTP/1.1\r\nHost: cloister\r\nX: " + b"x" * (1 << 20) + b"\r\n\r\n",
         "an address of 1 MiB": b"GET /api/v1/me?" + b"x" * (1 << 20) + b" HTTP/1.1\r\nHost: cloister\r\n\r\n",
@@ -319,9 +318,9 @@ def absolute(given: Given) -> str:
 
 @attack("guard: a websocket where there is none", proof="seen", bare=False)
 def websocket(given: Given) -> str:
-    upgrade = ("Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: " + "A" * 22 + "==")
+    upgrade = ("Upgrade: websocket", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: " + "A" * 22 + "==")
     for path in ("/api/v1/me", f"/api/v1/kernels/{given['victim']['kernel']}/channels"):
-        if b" 101 " in talk(request("GET", path, b"", *upgrade)):
+        if b" 101 " in talk(request("GET", path, b"", *upgrade).replace(b"close", b"Upgrade", 1)):
             return f"{path} was upgraded"
     raise Stopped("refused")
 
@@ -333,7 +332,7 @@ def rights(given: Given) -> str:
     passed = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("250i", *[null] * 250))]
     for _ in range(8):
         with connect() as made:
-            made.sendmsg([request("GET", "/api/v1/me")], passed)
+            made.sendmsg([request("GET", "/api/v1/me").replace(b"close", b"keep-alive")], passed)
             _, ancillary, _, _ = made.recvmsg(65536, 4096)
             if ancillary:
                 return "the guard passed something back"
@@ -358,19 +357,19 @@ def announced(given: Given) -> str:
     return f"{len(held)} held"
 
 
-@attack("guard: a body that never ends", proof="watch", bare=False, seconds=20)
+@attack("guard: a body that never ends", proof="host", bare=False, seconds=20)
 def endless(given: Given) -> str:
-    """Chunks without an end: the guard stops reading at its limit."""
+    """Chunks without an end: the guard may read on, and must keep none of it. The host looks how large it has grown."""
     sent = 0
     with connect() as made:
         made.sendall(b"POST /api/v1/queries HTTP/1.1\r\nHost: cloister\r\nTransfer-Encoding: chunked\r\n\r\n")
         try:
-            while sent < 256 << 20:
+            while sent < 192 << 20:
                 made.sendall(b"100000\r\n" + b" " * (1 << 20) + b"\r\n")
                 sent += 1 << 20
         except OSError:
             return f"cut off after {sent >> 20} MiB"
-    raise AssertionError(f"{sent >> 20} MiB were read")
+    return f"{sent >> 20} MiB were read"
 
 
 @attack("guard: a thousand connections, and half a request on each", proof="watch", bare=False, seconds=30)
@@ -407,7 +406,7 @@ def unread(given: Given) -> str:
     sent = 0
     try:
         for _ in range(500):
-            made.sendall(request("GET", "/api/v1/datasets"))
+            made.sendall(request("GET", "/api/v1/datasets").replace(b"close", b"keep-alive"))
             sent += 1
     except OSError:
         pass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copyreg
 import gc
 import os
 from typing import Any
@@ -71,7 +70,7 @@ def dug_out(given: Given) -> str:
     handle = _handle(given["own_dataset"])
     answer = handle["value"].mean(epsilon=0.01)
     seen: set[int] = set()
-    waiting: list[Any] = [handle, handle["value"], answer, handle.__reduce_ex__(2), copyreg.__reduce_ex__(handle, 0), vars(handle)]
+    waiting: list[Any] = [handle, handle["value"], answer, handle.__reduce_ex__(2), vars(handle)]
     while waiting and len(seen) < 250_000:
         one = waiting.pop()
         if id(one) in seen:

@@ -134,7 +134,7 @@ def _in_child(one: Attack, given: Given) -> dict[str, str]:
         found: dict[str, str] = json.loads(told)
         return found
     if late:
-        return {"verdict": "stopped", "detail": f"no answer in {one.seconds:g} s"}
+        return {"verdict": "broken", "detail": f"it isn't over after {one.seconds:g} s"}
     if os.WIFSIGNALED(status):
         return {"verdict": "stopped", "detail": f"killed by {signal.Signals(os.WTERMSIG(status)).name}"}
     return {"verdict": "broken", "detail": f"the child ended silently ({status})"}
@@ -146,10 +146,11 @@ def run_theme(theme: str, given: Given) -> list[dict[str, str]]:
     for one in ATTACKS.values():
         if one.name.split(":")[0] != theme or (given["bare"] and not one.bare):
             continue
+        started = time.monotonic()
         if one.needs and not given["machine"].get(one.needs):
             found = {"verdict": "absent", "detail": f"this machine has no {one.needs}"}
         else:
             found = _in_child(one, given) if one.forked else _attempt(one, given)
-        results.append({"name": one.name, "proof": one.proof, **found})
+        results.append({"name": one.name, "proof": one.proof, **found, "took": f"{time.monotonic() - started:.1f}"})
         sys.stdout.flush()
     return results
