@@ -40,6 +40,7 @@ from tests.fakes.battery import (
     PROTOCOL,
     SANDBOX,
     Effects,
+    Growth,
     Report,
     Watch,
     kernel_of,
@@ -55,6 +56,9 @@ from tests.fakes.running import RunningCloister, make_policy, running_cloister
 CONFINED: tuple[str, ...] | None = None
 UNCONFINED: tuple[str, ...] = ()
 """How `cloister serve` is started for either kind of kernel; None where it can't yet."""
+
+MUCH = 160 << 20
+"""Bytes by which a hostile kernel must not make the guard or the kernel service grow."""
 
 SCHEMA = Schema(
     privacy_unit="unit",
@@ -201,15 +205,21 @@ def _seen(happened: bool, what: str) -> str:
     return what if happened else ""
 
 
-def _effects(found: RunningCloister, canaries: Canaries, heard: list[str]) -> Effects:
-    given = canaries.given
+def _trusted(found: RunningCloister) -> tuple[psutil.Process, psutil.Process]:
+    """(guard, kernel service)."""
     guard = psutil.Process(found.process.pid)
     (service,) = [child for child in guard.children() if "cloister_kernel.service" in child.cmdline()]
-    files, sizes = guard.num_fds(), {process: process.memory_info().rss for process in (guard, service)}
+    return guard, service
+
+
+def _effects(found: RunningCloister, canaries: Canaries, heard: list[str], growth: Growth) -> Effects:
+    given = canaries.given
+    guard, service = _trusted(found)
+    files = guard.num_fds()
 
     def grown(process: psutil.Process) -> str:
-        more = process.memory_info().rss - sizes[process]
-        return _seen(more > 160 << 20, f"grew by {more >> 20} MiB")
+        more = growth.of(process)
+        return _seen(more > MUCH, f"it grew by {more >> 20} MiB")
 
     def planted_file(kind: str) -> str:
         places = [*given[kind], *map(str, canaries.directories.values())]
@@ -279,7 +289,10 @@ def ground(arguments: tuple[str, ...], tmp_path: Path) -> Iterator[Ground]:
         watch = Watch(lambda: session.transport.call("GET", "/me", None, WhoAmI), client)
         watch.start()
         stack.callback(watch.stop)
-        yield Ground(found, canaries, attacker, specs, watch, _effects(found, canaries, watch.heard))
+        growth = Growth(*_trusted(found))
+        growth.start()
+        stack.callback(growth.stop)
+        yield Ground(found, canaries, attacker, specs, watch, _effects(found, canaries, watch.heard, growth))
 
 
 def attack(scene: Ground) -> Report:

@@ -149,6 +149,29 @@ class Watch(threading.Thread):
         assert not self.is_alive()
 
 
+class Growth(threading.Thread):
+    """Looks how large the trusted processes have grown at most, in bytes, since it began."""
+
+    def __init__(self, *processes: psutil.Process) -> None:
+        super().__init__(name="growth", daemon=True)
+        self._first = {one: one.memory_info().rss for one in processes}
+        self._most = dict(self._first)
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        while not self._over.wait(0.05):
+            for one in self._most:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    self._most[one] = max(self._most[one], one.memory_info().rss)
+
+    def of(self, process: psutil.Process) -> int:
+        return self._most[process] - self._first[process]
+
+    def stop(self) -> None:
+        self._over.set()
+        self.join(5)
+
+
 @contextlib.contextmanager
 def kernel_of(user: str, specs: KernelSpecManager) -> Iterator[tuple[KernelManager, BlockingKernelClient]]:
     """A kernel as this user's Jupyter starts it."""
