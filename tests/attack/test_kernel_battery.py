@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import psutil
@@ -32,7 +31,7 @@ from cloister_data.identity import WhoAmI
 from cloister_data.kernels import KernelList
 from cloister_data.release import Release
 from cloister_data.schema import RealColumn, Schema, TextColumn
-from cloister_data.statistics import Question, QueryRequest
+from cloister_data.statistics import QueryRequest, Question
 from cloister_kernel.kernelspec import install_kernelspec
 from tests.attack.battery.processes import SIGNALS
 from tests.attack.battery.registry import MARK
@@ -59,6 +58,9 @@ UNCONFINED: tuple[str, ...] = ()
 
 MUCH = 160 << 20
 """Bytes by which a hostile kernel must not make the guard or the kernel service grow."""
+
+KNOWN = {"peer: a message that never ends"}
+"""Open for now, and not for want of a sandbox: libzmq keeps all parts of a message until its last one has come."""
 
 SCHEMA = Schema(
     privacy_unit="unit",
@@ -100,10 +102,21 @@ def _owned(found: RunningCloister, canaries: Canaries) -> None:
         found.add_user(user, "scientist")
         data = _data(canaries)
         found.upload(f"hospital/{user}s", data, SCHEMA, make_policy(f"hospital/{user}s", {user: 40.0}))
-    request, question = secrets.token_hex(16), Question(source=SplitRef(dataset="hospital/bobs"), operation="mean", column="value")
-    paid = found.session("bob").transport.call("POST", "/queries", QueryRequest(request_id=request, question=question, epsilon=0.5), Release)
+    request, question = (
+        secrets.token_hex(16),
+        Question(source=SplitRef(dataset="hospital/bobs"), operation="mean", column="value"),
+    )
+    paid = found.session("bob").transport.call(
+        "POST", "/queries", QueryRequest(request_id=request, question=question, epsilon=0.5), Release
+    )
     given |= {"own_dataset": "hospital/anns", "true_mean": float(data["value"].mean()), "rows_mark": f"{MARK}row:"}
-    given["victim"] = {"user": "bob", "dataset": "hospital/bobs", "request": request, "release": paid.release, "epsilon": 0.5}
+    given["victim"] = {
+        "user": "bob",
+        "dataset": "hospital/bobs",
+        "request": request,
+        "release": paid.release,
+        "epsilon": 0.5,
+    }
 
 
 PREPARE = """
@@ -151,7 +164,9 @@ def _victim(found: RunningCloister, canaries: Canaries, manager: KernelManager, 
         "control": str(found.runtime / "control.sock"),
         "service": str(found.runtime / "kernels.sock"),
         "victim_guard": str(guards[0]),
-        "victim_jupyter": [str(path) for place in places if place.is_dir() for path in place.iterdir() if path.is_socket()],
+        "victim_jupyter": [
+            str(path) for place in places if place.is_dir() for path in place.iterdir() if path.is_socket()
+        ],
     }
     assert given["sockets"]["victim_jupyter"]
     given["machine"]["victim"] = True
@@ -221,9 +236,9 @@ def _effects(found: RunningCloister, canaries: Canaries, heard: list[str], growt
         more = growth.of(process)
         return _seen(more > MUCH, f"it grew by {more >> 20} MiB")
 
-    def planted_file(kind: str) -> str:
+    def planted_file(kind: str, prefix: str = "") -> str:
         places = [*given[kind], *map(str, canaries.directories.values())]
-        there = [path for place in places if (path := Path(place, given["plant"])).exists()]
+        there = [path for place in places if (path := Path(place, prefix + given["plant"])).exists()]
         for path in there:
             path.unlink()
         return ", ".join(map(str, there))
@@ -238,7 +253,7 @@ def _effects(found: RunningCloister, canaries: Canaries, heard: list[str], growt
 
     effects: Effects = {
         "files: something put where Python imports from": lambda: planted_file("import_directories"),
-        "files: something put into the service's directories": lambda: planted_file("service_directories"),
+        "files: something put into the service's directories": lambda: planted_file("service_directories", "service-"),
         "files: a read-only file changed through /proc/self/mem": lambda: _seen(
             "OVERWRITTEN" in Path(given["secrets"]["readonly"]).read_text(), "it was changed"
         ),
@@ -317,11 +332,79 @@ def attack(scene: Ground) -> Report:
     return report
 
 
-def test_a_kernel_without_the_sandbox_is_open(tmp_path: Path) -> None:
-    """The control: each attack on the sandbox works where nothing defends. What isn't the sandbox's is stopped here too."""
+# What only the sandbox stops: open in a kernel that has none, whoever runs the tests.
+OPEN_WITHOUT = {
+    "files: a world-readable secret elsewhere",
+    "files: a copy in memory of a program, which reads a secret",
+    "files: counters of the whole machine in /proc",
+    "files: /sys",
+    "files: own /proc/self/oom_score_adj lowered",
+    "files: the page cache asked whether somebody reads a file",
+    "files: who uses a directory, watched by inotify",
+    "processes: decoy's arguments",
+    "processes: victim's arguments",
+    "processes: any process that isn't the kernel's own",
+    "network: TCP to 127.0.0.1",
+    "network: UDP to 127.0.0.1",
+    "network: TCP fast open, data in the SYN",
+    "network: the guard's HTTPS port",
+    "network: a listener of its own on 127.0.0.1",
+    "network: an abstract unix socket",
+    "network: an open unix socket in the file system",
+    "network: an open unix socket as a datagram",
+    "network: every other socket family",
+    "network: the machine's interfaces by netlink",
+    "network: names of the machine",
+    "network: a System V segment of the host",
+    "network: the host's System V objects listed",
+    "syscalls: addresses without randomness",
+    "syscalls: a process made traceable by everybody",
+    "syscalls: a kernel without a filter",
+    "limits: many processes",
+    "limits: much memory",
+    "limits: a full disk",
+    "limits: many files",
+}
+# What even root can't do where nothing confines it, or where the machine itself is a sandbox.
+STOPPED_BARE = {
+    "files: own /proc/self/oom_score_adj lowered",
+    "files: a read-only file changed through /proc/self/mem",
+    "files: another kernel's /tmp, /var/tmp and /dev/shm",
+    "files: the state directory",
+    "processes: victim's limits",
+    "processes: the guard's memory",
+    "processes: the machine's first process",
+    "processes: higher limits",
+    "processes: a core file",
+    "syscalls: I/O ports",
+}
+
+
+def show(capsys: pytest.CaptureFixture[str], kind: str, report: Report) -> None:
+    with capsys.disabled():
+        print(f"\n{kind}: {report}")
+
+
+def test_a_kernel_without_the_sandbox_is_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The control: what the sandbox is to stop works without it. What others stop (guard, relay) is stopped here too."""
     with ground(UNCONFINED, tmp_path) as scene:
         report = attack(scene)
         bare = run_bare(scene.canaries, scene.effects)
-    print(f"\nA kernel without the sandbox:\n{report}\nNothing at all around:\n{bare}")
-    for one in report.results:
-        print(one)
+    show(capsys, "A kernel without the sandbox", report)
+    assert report.names("broken") == set()
+    assert OPEN_WITHOUT - report.names("open") == set()
+    assert report.names("open", PROTOCOL) == KNOWN
+    show(capsys, "A process that nothing confines", bare)
+    assert bare.names("broken") == set()
+    if os.geteuid() == 0:
+        assert bare.names("stopped") - STOPPED_BARE == set()
+
+
+def test_no_attack_succeeds_in_a_confined_kernel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if CONFINED is None:
+        pytest.skip("NOT CHECKED: cloister serve starts no confined kernels yet")
+    with ground(CONFINED, tmp_path) as scene:
+        report = attack(scene)
+    show(capsys, "A confined kernel", report)
+    assert report.names("broken") == set()
+    assert report.names("open") == KNOWN

@@ -33,7 +33,19 @@ from tests.fakes.kernel_client import run
 
 BATTERY = Path(__file__).parent.parent / "attack" / "battery"
 # The order matters: the first two are what the others import; the last may cost the kernel its connections.
-MODULES = ("registry", "native", "files", "processes", "network", "syscalls", "limits", "guard_socket", "handles", "output", "peer")
+MODULES = (
+    "registry",
+    "native",
+    "files",
+    "processes",
+    "network",
+    "syscalls",
+    "limits",
+    "guard_socket",
+    "handles",
+    "output",
+    "peer",
+)
 SANDBOX = ("files", "processes", "network", "syscalls", "limits")
 PROTOCOL = ("guard", "handles", "output", "peer")
 PATIENCE = 10.0
@@ -202,19 +214,27 @@ def judge(raw: list[dict[str, str]], canaries: Canaries, effects: Effects, fault
         elif verdict == "open" and one["proof"] == "end":
             verdict = "pending"
         elif verdict == "open" and one["proof"] == "watch":
-            verdict, detail = ("open", f"{detail}; {faults[0]}") if faults else ("stopped", f"all were served: {detail}")
+            verdict, detail = (
+                ("open", f"{detail}; {faults[0]}") if faults else ("stopped", f"all were served: {detail}")
+            )
         judged.append(Result(one["name"], verdict, detail, one["took"]))
     return judged
 
 
 def run_bare(canaries: Canaries, effects: Effects) -> Report:
     """The sandbox's themes in a process of this user that nothing confines: what works there, works."""
-    harmless = {"import_directories": [str(canaries.directories["run"])], "service_directories": [str(canaries.directories["tmp"])]}
+    harmless = {
+        "import_directories": [str(canaries.directories["run"])],
+        "service_directories": [str(canaries.directories["tmp"])],
+    }
     given = canaries.given | {"bare": True} | harmless
-    code = loader(given) + f"""
+    code = (
+        loader(given)
+        + f"""
 _all = [_one for _theme in {SANDBOX!r} for _one in _registry.run_theme(_theme, _given)]
 print(_j.dumps(_all))
 """
+    )
     leaked = os.open(canaries.directories["decoy"], os.O_RDONLY)
     try:
         with tempfile.TemporaryDirectory() as home:
@@ -274,8 +294,6 @@ def _watched(watch: Watch, theme: str) -> Iterator[list[str]]:
     """Afterwards the list holds who wasn't served meanwhile, and in the two rounds after."""
     since, faults = time.monotonic(), list[str]()
     yield faults
-    if os.environ.get("BATTERY_DEBUG"):
-        sys.stderr.write(f"{theme} {time.monotonic() - since:.1f} s\n")
     rounds, deadline = watch.rounds, time.monotonic() + 4 * PATIENCE
     while watch.rounds < rounds + 2 and time.monotonic() < deadline:
         time.sleep(0.02)

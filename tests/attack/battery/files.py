@@ -20,9 +20,14 @@ ORDINARY = {"null", "zero", "full", "random", "urandom", "tty", "ptmx"}
 
 
 def read(path: str, limit: int = 1 << 20) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    """At most so many bytes; what is read of /proc or of a device comes in pieces."""
+    descriptor, data = os.open(path, os.O_RDONLY | os.O_NONBLOCK), b""
     try:
-        return os.read(descriptor, limit)
+        while len(data) < limit and (piece := os.read(descriptor, limit - len(data))):
+            data += piece
+            if path.startswith("/dev/"):
+                break
+        return data
     finally:
         os.close(descriptor)
 
@@ -58,7 +63,9 @@ def victim_home(given: Given) -> str:
 @attack("files: another kernel's home through /proc/PID/root and /proc/PID/cwd", needs="victim")
 def victim_home_through_proc(given: Given) -> str:
     pid, path = given["victim"]["pid"], given["secrets"]["victim_home"]
-    return first([lambda: secret(f"/proc/{pid}/root{path}"), lambda: secret(f"/proc/{pid}/cwd/{os.path.basename(path)}")])
+    return first(
+        [lambda: secret(f"/proc/{pid}/root{path}"), lambda: secret(f"/proc/{pid}/cwd/{os.path.basename(path)}")]
+    )
 
 
 @attack("files: a secret through any process's /proc/PID/root")
@@ -95,7 +102,9 @@ def by_handle(given: Given) -> str:
         descriptor = c("open_by_handle_at", directory, packed, os.O_RDONLY)
         return find_mark(os.read(descriptor, 4096), "the file")
 
-    return first([lambda m=mount: through(m) for mount in ("/", "/usr", os.path.expanduser("~"), "/tmp", "/etc", "/run")])  # type: ignore[misc]
+    return first(
+        [lambda m=mount: through(m) for mount in ("/", "/usr", os.path.expanduser("~"), "/tmp", "/etc", "/run")]
+    )  # type: ignore[misc]
 
 
 @attack("files: kernel memory through /proc/kcore", proof="seen", needs="kcore")
@@ -126,7 +135,17 @@ def kmsg(given: Given) -> str:
 def counters(given: Given) -> str:
     """Each tells what other processes do, by the tick: interrupts, page faults, the disk, the scheduler."""
     found = []
-    for name in ("stat", "vmstat", "interrupts", "softirqs", "diskstats", "schedstat", "pressure/cpu", "zoneinfo", "slabinfo"):
+    for name in (
+        "stat",
+        "vmstat",
+        "interrupts",
+        "softirqs",
+        "diskstats",
+        "schedstat",
+        "pressure/cpu",
+        "zoneinfo",
+        "slabinfo",
+    ):
         with contextlib.suppress(OSError):
             if read(f"/proc/{name}").strip():
                 found.append(name)
@@ -153,7 +172,7 @@ def devices(given: Given) -> str:
         for name in names:
             path = os.path.join(directory, name)
             # Opening is harmless, but for watchdogs and tapes; the control, which is root, tries some only.
-            if directory == "/dev" and name in ORDINARY or name.startswith(("watchdog", "st", "nst")):
+            if (directory == "/dev" and name in ORDINARY) or name.startswith(("watchdog", "st", "nst")):
                 continue
             if given["bare"] and name not in ("kmsg", "fuse", "tun", "mem"):
                 continue
@@ -187,7 +206,13 @@ def sysctl(given: Given) -> str:
         os.close(descriptor)
         return path
 
-    paths = ("kernel/core_pattern", "kernel/modprobe", "vm/overcommit_memory", "kernel/yama/ptrace_scope", "fs/suid_dumpable")
+    paths = (
+        "kernel/core_pattern",
+        "kernel/modprobe",
+        "vm/overcommit_memory",
+        "kernel/yama/ptrace_scope",
+        "fs/suid_dumpable",
+    )
     return first([lambda p=path: write(f"/proc/sys/{p}") for path in paths])  # type: ignore[misc]
 
 
@@ -237,7 +262,7 @@ def planted_module(given: Given) -> str:
 @attack("files: something put into the service's directories", proof="host")
 def planted_in_service(given: Given) -> str:
     def write(directory: str) -> str:
-        path = os.path.join(directory, given["plant"])
+        path = os.path.join(directory, "service-" + given["plant"])
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
         return path
 
@@ -252,7 +277,9 @@ def forced_write(given: Given) -> str:
     with mmap.mmap(descriptor, 4096, mmap.MAP_SHARED, mmap.PROT_READ) as page:
         # No pointer to a read-only buffer can be had; its mapping's address is in maps.
         at = next(
-            int(line.split(b"-")[0], 16) for line in open("/proc/self/maps", "rb") if line.strip().endswith(path.encode())
+            int(line.split(b"-")[0], 16)
+            for line in open("/proc/self/maps", "rb")
+            if line.strip().endswith(path.encode())
         )
         memory = os.open("/proc/self/mem", os.O_RDWR)
         os.pwrite(memory, b"OVERWRITTEN", at)
@@ -284,7 +311,9 @@ def memfd_program(given: Given) -> str:
     with open("/bin/cat", "rb") as program:
         os.write(descriptor, program.read())
     wanted = [given["secrets"]["run"], given["secrets"]["tmp"]]
-    done = subprocess.run([f"/proc/self/fd/{descriptor}", *wanted], capture_output=True, pass_fds=[descriptor], check=False)
+    done = subprocess.run(
+        [f"/proc/self/fd/{descriptor}", *wanted], capture_output=True, pass_fds=[descriptor], check=False
+    )
     return find_mark(done.stdout, "what the program read")
 
 

@@ -74,9 +74,22 @@ def mean(dataset: str, **changes: Any) -> dict[str, Any]:
 def forged_user(given: Given) -> str:
     """Names that proxies and frameworks take a user from."""
     victim = given["victim"]["user"]
-    names = ("X-User", "X-Forwarded-User", "Remote-User", "X-Remote-User", "X-Forwarded-For", "Forwarded", "Cloister-Caller")
+    names = (
+        "X-User",
+        "X-Forwarded-User",
+        "Remote-User",
+        "X-Remote-User",
+        "X-Forwarded-For",
+        "Forwarded",
+        "Cloister-Caller",
+    )
     forged = [f"{name}: {victim}" for name in names]
-    forged += [f"Authorization: Bearer {victim}", f"Cookie: user={victim}", f"Host: {victim}", "X-HTTP-Method-Override: DELETE"]
+    forged += [
+        f"Authorization: Bearer {victim}",
+        f"Cookie: user={victim}",
+        f"Host: {victim}",
+        "X-HTTP-Method-Override: DELETE",
+    ]
     _, heard = answer(request("GET", "/api/v1/me", b"", *forged))
     if f'"{victim}"'.encode() in heard:
         return f"the guard takes it for {victim}"
@@ -136,7 +149,11 @@ def paths(given: Given) -> str:
 
 @attack("guard: another user's dataset in a request", proof="seen", bare=False)
 def foreign_dataset(given: Given) -> str:
-    names = [given["victim"]["dataset"], "../" + given["victim"]["dataset"], given["own_dataset"] + "/../../" + given["victim"]["dataset"]]
+    names = [
+        given["victim"]["dataset"],
+        "../" + given["victim"]["dataset"],
+        given["own_dataset"] + "/../../" + given["victim"]["dataset"],
+    ]
     return first([lambda n=name: refused(ask(mean(n))) for name in names])  # type: ignore[misc]
 
 
@@ -165,10 +182,27 @@ def reused(given: Given) -> str:
 @attack("guard: an epsilon that isn't a positive number", proof="seen", bare=False)
 def epsilons(given: Given) -> str:
     def with_text(text: str) -> str:
-        body = json.dumps({"request_id": secrets.token_hex(16), "question": mean(given["own_dataset"]), "epsilon": 424242})
+        body = json.dumps(
+            {"request_id": secrets.token_hex(16), "question": mean(given["own_dataset"]), "epsilon": 424242}
+        )
         return refused(request("POST", "/api/v1/queries", body.replace("424242", text).encode()))
 
-    texts = ("-1", "0", "-0.0", "NaN", "Infinity", "-Infinity", "1e400", "1e-400", '"0.01"', "true", "null", "[0.01]", "1e308", "0x1")
+    texts = (
+        "-1",
+        "0",
+        "-0.0",
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        "1e400",
+        "1e-400",
+        '"0.01"',
+        "true",
+        "null",
+        "[0.01]",
+        "1e308",
+        "0x1",
+    )
     return first([lambda t=text: with_text(t) for text in texts])  # type: ignore[misc]
 
 
@@ -238,9 +272,16 @@ def expressions(given: Given) -> str:
     tries = [mean(one, column=text) for text in strange] + [mean(one, group_by=text) for text in strange]
     tries += [mean(one, operation=text) for text in ("eval", "max", "quantile", "std", "first")]
     tries += [mean(one, where="unit == 7"), mean(one, filter={"unit": 7}), mean(one, rows=[7])]
-    source = mean(one)["source"]
-    tries += [mean(one, source=source | {"test": 1e-9, "part": "test"}), mean(one, source=source | {"division": "7"})]
-    return first([lambda q=question: refused(ask(q)) for question in tries])  # type: ignore[misc]
+    tries += [
+        mean(one, source=mean(one)["source"] | {"division": "7"}),
+        mean(one, column="note"),
+        mean(one, column="unit"),
+    ]
+
+    def taken(question: dict[str, Any]) -> str:
+        return f"{question} gave {refused(ask(question))}"
+
+    return first([lambda q=question: taken(q) for question in tries])  # type: ignore[misc]
 
 
 def _answers(said: bytes) -> int:
@@ -252,8 +293,9 @@ SMUGGLED = b"GET /api/v1/me HTTP/1.1\r\nHost: cloister\r\n\r\n"
 
 @attack("guard: a hidden request behind two lengths", proof="seen", bare=False)
 def two_lengths(given: Given) -> str:
-    said = b"POST /api/v1/queries/cost HTTP/1.1\r\nHost: cloister\r\nContent-Length: 2\r\nContent-Length: %d\r\n\r\n{}" % (
-        2 + len(SMUGGLED)
+    said = (
+        b"POST /api/v1/queries/cost HTTP/1.1\r\nHost: cloister\r\nContent-Length: 2\r\nContent-Length: %d\r\n\r\n{}"
+        % (2 + len(SMUGGLED))
     )
     status, heard = answer(said + SMUGGLED)
     if heard.count(b"HTTP/1.1 ") > 1:
@@ -266,8 +308,9 @@ def two_lengths(given: Given) -> str:
 @attack("guard: a hidden request behind a length and chunks", proof="seen", bare=False)
 def length_and_chunks(given: Given) -> str:
     body = b"2\r\n{}\r\n0\r\n\r\n"
-    said = b"POST /api/v1/queries/cost HTTP/1.1\r\nHost: cloister\r\nContent-Length: %d\r\nTransfer-Encoding: chunked\r\n\r\n" % (
-        len(body) + len(SMUGGLED)
+    said = (
+        b"POST /api/v1/queries/cost HTTP/1.1\r\nHost: cloister\r\nContent-Length: %d\r\nTransfer-Encoding: chunked\r\n\r\n"
+        % (len(body) + len(SMUGGLED))
     )
     status, heard = answer(said + body + SMUGGLED)
     if heard.count(b"HTTP/1.1 ") > 1:
@@ -378,7 +421,10 @@ def connections(given: Given) -> str:
     for number in range(1000):
         try:
             made = connect(0.5)
-            made.sendall(b"POST /api/v1/queries HTTP/1.1\r\nHost: cloister\r\n" + (b"X: " if number % 2 else b"Content-Length: 10\r\n\r\n{"))
+            made.sendall(
+                b"POST /api/v1/queries HTTP/1.1\r\nHost: cloister\r\n"
+                + (b"X: " if number % 2 else b"Content-Length: 10\r\n\r\n{")
+            )
             held.append(made)
         except OSError:
             continue
@@ -400,7 +446,12 @@ def streams(given: Given) -> str:
     return f"{len(held)} taken"
 
 
-@attack("guard: five hundred requests on one connection, none of whose answers is read", proof="watch", bare=False, seconds=30)
+@attack(
+    "guard: five hundred requests on one connection, none of whose answers is read",
+    proof="watch",
+    bare=False,
+    seconds=30,
+)
 def unread(given: Given) -> str:
     made = connect(1.0)
     sent = 0

@@ -28,10 +28,18 @@ def _send(kind: str, content: dict[str, Any], **options: Any) -> None:
 @attack("output: messages that claim another session's request", proof="host", forked=False, bare=False)
 def forged_parent(given: Given) -> str:
     victim = given["victim"]
-    header = {"msg_id": victim["message"], "session": victim["session"], "msg_type": "execute_request", "username": victim["user"]}
+    header = {
+        "msg_id": victim["message"],
+        "session": victim["session"],
+        "msg_type": "execute_request",
+        "username": victim["user"],
+    }
     for kind, content in (
         ("stream", {"name": "stdout", "text": given["forged"]}),
-        ("display_data", {"data": {"text/html": f"<script>{given['forged']}</script>"}, "metadata": {}, "transient": {}}),
+        (
+            "display_data",
+            {"data": {"text/html": f"<script>{given['forged']}</script>"}, "metadata": {}, "transient": {}},
+        ),
         ("status", {"execution_state": "dead"}),
         ("execute_input", {"code": given["forged"], "execution_count": 1}),
     ):

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 
 from tests.attack.battery.registry import Given
 
+
 def _own_listeners() -> list[int]:
     found = []
     for number in map(int, os.listdir("/proc/self/fd")):
@@ -34,7 +35,15 @@ def _greeting(kind: bytes) -> bytes:
     """ZMTP 3.0: the greeting with the NULL mechanism, then READY."""
     ready = b"\x05READY\x0bSocket-Type" + struct.pack(">I", len(kind)) + kind + b"\x08Identity" + struct.pack(">I", 0)
     return (
-        b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16) + b"\x00" + bytes(31) + b"\x04" + bytes([len(ready)]) + ready
+        b"\xff"
+        + bytes(8)
+        + b"\x7f\x03\x00NULL"
+        + bytes(16)
+        + b"\x00"
+        + bytes(31)
+        + b"\x04"
+        + bytes([len(ready)])
+        + ready
     )
 
 
@@ -50,7 +59,6 @@ HOSTILE = {
     "a READY of bad lengths": _greeting(b"PUB")[:64] + b"\x04\x20\x05READY\xff" + b"\xff" * 25,
     "empty parts without end": _greeting(b"PUB") + b"\x01\x00" * 10_000,
 }
-
 
 
 def _break_connections(listeners: list[int]) -> None:
@@ -137,7 +145,8 @@ def take_the_kernels_place(given: Given) -> None:
         _break_connections(listeners)
         # After an error of protocol ZeroMQ doesn't come back: garbage isn't for the channel that tells the results.
         others, told = (
-            [socket.socket(fileno=number) for number in listeners if (number == iopub) == wanted] for wanted in (False, True)
+            [socket.socket(fileno=number) for number in listeners if (number == iopub) == wanted]
+            for wanted in (False, True)
         )
         results = []
         for name, proof, count, what in (

@@ -35,7 +35,9 @@ def _by_vm_readv(pid: int, address: int, length: int) -> bytes:
     there = IoVector(address, length)
     libc.process_vm_readv.restype = ctypes.c_ssize_t
     checked(
-        libc.process_vm_readv(pid, ctypes.byref(here), ctypes.c_ulong(1), ctypes.byref(there), ctypes.c_ulong(1), ctypes.c_ulong(0)),
+        libc.process_vm_readv(
+            pid, ctypes.byref(here), ctypes.c_ulong(1), ctypes.byref(there), ctypes.c_ulong(1), ctypes.c_ulong(0)
+        ),
         "process_vm_readv",
     )
     return buffer.raw
@@ -234,7 +236,9 @@ def guard_memory(given: Given) -> str:
 
 @attack("processes: the guard's open files", proof="seen", needs="guard")
 def guard_files(given: Given) -> str:
-    names = [os.readlink(f"/proc/{given['guard']['pid']}/fd/{n}") for n in os.listdir(f"/proc/{given['guard']['pid']}/fd")]
+    names = [
+        os.readlink(f"/proc/{given['guard']['pid']}/fd/{n}") for n in os.listdir(f"/proc/{given['guard']['pid']}/fd")
+    ]
     found = [name for name in names if name.endswith("cloister.db")]
     if not found:
         raise Stopped("not the guard's")

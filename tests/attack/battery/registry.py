@@ -26,7 +26,7 @@ Given = dict[str, Any]
 Function = Callable[[Given], str]
 
 
-class Stopped(Exception):  # noqa: N818
+class Stopped(Exception):
     """The attack didn't reach what it wanted."""
 
 

@@ -15,7 +15,14 @@ from collections.abc import Callable
 from tests.attack.battery.native import c, call, checked, libc
 from tests.attack.battery.registry import Given, Stopped, attack, first
 
-NAMESPACES = {"mnt": 0x00020000, "net": 0x40000000, "ipc": 0x08000000, "uts": 0x04000000, "pid": 0x20000000, "user": 0x10000000}
+NAMESPACES = {
+    "mnt": 0x00020000,
+    "net": 0x40000000,
+    "ipc": 0x08000000,
+    "uts": 0x04000000,
+    "pid": 0x20000000,
+    "user": 0x10000000,
+}
 NEWUSER, NEWNS = 0x10000000, 0x00020000
 
 
@@ -133,6 +140,7 @@ def umount(given: Given) -> str:
     if given["bare"]:
         _rootlike(given)
         c("mount", b"none", _directory().encode(), b"tmpfs", 0, None)
+
     def off(place: str) -> str:
         c("umount2", place.encode(), 2)  # MNT_DETACH
         return f"{place} is gone"
@@ -145,6 +153,7 @@ def remount(given: Given) -> str:
     if given["bare"]:
         _rootlike(given)
         c("mount", b"none", _directory().encode(), b"tmpfs", 1, None)
+
     def writable(place: str) -> str:
         c("mount", None, place.encode(), None, 32 | 4096, None)  # MS_REMOUNT | MS_BIND
         return f"{place} is writable"
@@ -158,6 +167,7 @@ def mount_attributes(given: Given) -> str:
         _rootlike(given)
         c("mount", b"none", _directory().encode(), b"tmpfs", 1, None)
     attributes = ctypes.create_string_buffer(struct.pack("4Q", 0, 1, 0, 0), 32)  # clear MOUNT_ATTR_RDONLY
+
     def writable(place: str) -> str:
         call("mount_setattr", -100, place.encode(), 0, attributes, 32)
         return f"{place} is writable"
@@ -240,7 +250,9 @@ _surface("memfd_secret", 0, needs="memfd_secret")
 @attack("syscalls: perf_event_open", proof="seen")
 def perf(given: Given) -> str:
     """Counters of the processor: a clock for side channels."""
-    event = ctypes.create_string_buffer(struct.pack("IIQQQQQ", 1, 112, 0, 0, 0, 0, 0x60), 112)  # a software clock, user only
+    event = ctypes.create_string_buffer(
+        struct.pack("IIQQQQQ", 1, 112, 0, 0, 0, 0, 0x60), 112
+    )  # a software clock, user only
     return f"descriptor {call('perf_event_open', event, 0, -1, -1, 0)}"
 
 
