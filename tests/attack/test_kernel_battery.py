@@ -311,7 +311,7 @@ def ground(arguments: tuple[str, ...], tmp_path: Path) -> Iterator[Ground]:
 
 
 def attack(scene: Ground) -> Report:
-    """Every theme from inside ann's kernel; then that kernel is ended while it loops and ignores what asks it to stop."""
+    """Every theme from inside ann's kernel, which is then ended while it loops and ignores signals."""
     manager, client = scene.attacker
     report = run_in_kernel(client, scene.canaries, scene.effects, scene.watch, (*SANDBOX, "guard", "handles", "output"))
     daemon = scene.canaries.given["daemon"]
@@ -386,7 +386,7 @@ def show(capsys: pytest.CaptureFixture[str], kind: str, report: Report) -> None:
 
 
 def test_a_kernel_without_the_sandbox_is_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The control: what the sandbox is to stop works without it. What others stop (guard, relay) is stopped here too."""
+    """The control: what the sandbox is to stop works without it; what guard and relay stop is stopped here too."""
     with ground(UNCONFINED, tmp_path) as scene:
         report = attack(scene)
         bare = run_bare(scene.canaries, scene.effects)

@@ -129,7 +129,7 @@ class Watch(threading.Thread):
             ensure_event_loop().close()  # this thread's own, which the blocking client has made
 
     def _go_on(self) -> None:
-        while not self._over.wait(0.05):
+        while not self._over.wait(0.2):
             started = time.monotonic()
             try:
                 self._ask()

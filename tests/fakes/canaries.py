@@ -1,4 +1,4 @@
-"""What the host plants for attacks to find: secrets in files, sockets, shared memory, keys, and in a process of its own.
+"""What the host plants for attacks to find: secrets in files, sockets, shared memory, keys, and in a process.
 
 Everything is the test's own: who gets out of a sandbox finds only what was put there for it, and does no harm.
 """

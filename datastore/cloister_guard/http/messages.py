@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from cloister_data.base import Wire
 from cloister_data.errors import CloisterError, InvalidRequestError, NotFoundError, TooLargeError
+from cloister_guard.http import unambiguous
 from cloister_guard.release import problem
 
 PROBLEM = "application/problem+json"
@@ -48,10 +49,10 @@ async def body_bytes(request: Request, limit: int) -> bytes:
 
 
 def reads(model: type[W]) -> Callable[[Request], Awaitable[W]]:
-    """A dependency that parses the body as `model` from its raw bytes: no NaN, no unknown field, bounded sizes."""
+    """A dependency that parses the body as `model` from its raw bytes: no NaN, no unknown field, none twice."""
 
     async def parse(request: Request) -> W:
-        return model.from_json(await body_bytes(request, MAX_JSON_BODY))
+        return unambiguous.parse(model, await body_bytes(request, MAX_JSON_BODY))
 
     return parse
 

@@ -23,6 +23,7 @@ from cloister_data.framing import MAX_CHANNEL_FRAME
 from cloister_guard.guard import VERSION, Guard
 from cloister_guard.http import audit, laptop, metrics, scientist
 from cloister_guard.http.messages import install_handlers
+from cloister_guard.http.unambiguous import OneLength
 from cloister_guard.identity import Caller
 
 logger = structlog.get_logger()
@@ -84,7 +85,7 @@ def _bounded(connections: int) -> type[asyncio.Protocol]:
 
 def _config(app: Any, connections: int, **options: Any) -> uvicorn.Config:
     return uvicorn.Config(
-        app,
+        OneLength(app),
         http=_bounded(connections),
         log_config=None,
         access_log=False,

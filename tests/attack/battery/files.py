@@ -32,6 +32,10 @@ def read(path: str, limit: int = 1 << 20) -> bytes:
         os.close(descriptor)
 
 
+def lines(path: str) -> list[str]:
+    return read(path).decode("utf-8", "replace").splitlines()
+
+
 def secret(path: str) -> str:
     return find_mark(read(path), path)
 
@@ -278,7 +282,7 @@ def forced_write(given: Given) -> str:
         # No pointer to a read-only buffer can be had; its mapping's address is in maps.
         at = next(
             int(line.split(b"-")[0], 16)
-            for line in open("/proc/self/maps", "rb")
+            for line in read("/proc/self/maps").splitlines()
             if line.strip().endswith(path.encode())
         )
         memory = os.open("/proc/self/mem", os.O_RDWR)
@@ -299,7 +303,7 @@ def setuid_program(given: Given) -> str:
 @attack("files: setuid(0)", proof="seen")
 def become_root(given: Given) -> str:
     os.setresuid(0, 0, 0)
-    if os.getuid() != 0 or "0 0 4294967295" not in " ".join(open("/proc/self/uid_map").read().split()):
+    if os.getuid() != 0 or "0 0 4294967295" not in " ".join(lines("/proc/self/uid_map")[0].split()):
         raise Stopped("root of its own namespace only")
     return "uid 0"
 
@@ -344,7 +348,7 @@ def inherited_secret(given: Given) -> str:
 
 @attack("files: what else is open in the kernel's process", proof="seen", forked=False)
 def inherited(given: Given) -> str:
-    """Only sockets, pipes, event counters and files of its own may be: no directory, namespace, device or foreign file."""
+    """Only sockets, pipes, event counters and own files may be: no directory, namespace, device or foreign file."""
     home, strange = os.path.realpath(os.path.expanduser("~")), []
     harmless: tuple[Callable[[str], bool], ...] = (
         lambda name: name.split(":")[0] in ("pipe", "socket", "anon_inode"),

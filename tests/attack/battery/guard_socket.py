@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -24,16 +25,13 @@ def talk(said: bytes, seconds: float = 3.0) -> bytes:
     """Everything that comes back until the guard hangs up, or is silent for a while."""
     with connect(seconds) as made:
         heard = b""
-        try:
+        # It may have answered before it hung up.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             made.sendall(said)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # it may have answered before it hung up
-        try:
+        with contextlib.suppress(TimeoutError, ConnectionResetError):
             while piece := made.recv(65536):
                 heard += piece
                 made.settimeout(0.3)
-        except (TimeoutError, ConnectionResetError):
-            pass
         return heard
 
 
@@ -309,8 +307,8 @@ def two_lengths(given: Given) -> str:
 def length_and_chunks(given: Given) -> str:
     body = b"2\r\n{}\r\n0\r\n\r\n"
     said = (
-        b"POST /api/v1/queries/cost HTTP/1.1\r\nHost: cloister\r\nContent-Length: %d\r\nTransfer-Encoding: chunked\r\n\r\n"
-        % (len(body) + len(SMUGGLED))
+        b"POST /api/v1/queries/cost HTTP/1.1\r\nHost: cloister\r\n"
+        b"Content-Length: %d\r\nTransfer-Encoding: chunked\r\n\r\n" % (len(body) + len(SMUGGLED))
     )
     status, heard = answer(said + body + SMUGGLED)
     if heard.count(b"HTTP/1.1 ") > 1:

@@ -7,6 +7,7 @@ import gc
 import os
 from typing import Any
 
+from tests.attack.battery.files import read
 from tests.attack.battery.registry import Given, Stopped, attack, find_mark, first
 
 
@@ -90,7 +91,7 @@ def own_memory(given: Given) -> str:
     _handle(given["own_dataset"])["value"].mean(epsilon=0.01)
     memory = os.open("/proc/self/mem", os.O_RDONLY)
     searched = 0
-    for line in open("/proc/self/maps", "rb"):
+    for line in read("/proc/self/maps").splitlines():
         words = line.split()
         low, high = (int(word, 16) for word in words[0].split(b"-"))
         if words[1][:2] != b"rw" or high - low > 256 << 20:
@@ -113,7 +114,7 @@ def mock(given: Given) -> str:
 
 @attack("handles: one person isolated by a question", proof="seen", bare=False)
 def isolated(given: Given) -> str:
-    """Splits that differ in one unit, parts that aren't declared, grouping by the unit: the SDK and the guard refuse."""
+    """Parts that aren't declared, grouping by the unit, a price of nothing: the SDK and the guard refuse."""
     handle = _handle(given["own_dataset"])
     return first(
         [

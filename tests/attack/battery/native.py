@@ -1,4 +1,4 @@
-"""System calls that Python has no function for. Numbers: arch/x86/entry/syscalls/syscall_64.tbl, asm-generic/unistd.h."""
+"""System calls that Python has no function for. Numbers: syscall_64.tbl and asm-generic/unistd.h of Linux."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import os
 import socket
 import struct
 
+from tests.attack.battery.files import lines
 from tests.attack.battery.native import c, call, libc
 from tests.attack.battery.registry import Given, Stopped, attack, find_mark, first
 
@@ -251,10 +252,10 @@ def segment(given: Given) -> str:
 
 @attack("network: the host's System V objects listed", proof="seen")
 def segments(given: Given) -> str:
-    lines = open("/proc/sysvipc/shm").read().splitlines()[1:]
-    if str(given["ipc"]["segment"]) not in [line.split()[1] for line in lines]:
+    listed = lines("/proc/sysvipc/shm")[1:]
+    if str(given["ipc"]["segment"]) not in [line.split()[1] for line in listed]:
         raise Stopped("the host's isn't among them")
-    return f"{len(lines)} segments"
+    return f"{len(listed)} segments"
 
 
 @attack("network: POSIX shared memory of the host")
@@ -299,6 +300,7 @@ def terminal(given: Given) -> str:
 @attack("network: the console's selection by TIOCLINUX", proof="seen")
 def console(given: Given) -> str:
     def ask(path: str) -> str:
-        return f"{path}: {c('ioctl', os.open(path, os.O_RDWR | os.O_NOCTTY), 0x541C, bytes([6]))}"  # TIOCLINUX: shift state
+        state = c("ioctl", os.open(path, os.O_RDWR | os.O_NOCTTY), 0x541C, bytes([6]))  # TIOCLINUX: shift state
+        return f"{path}: {state}"
 
     return first([lambda p=path: ask(p) for path in ("/dev/tty0", "/dev/tty1", "/dev/console", "/dev/tty")])  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Another ZeroMQ peer in the kernel's place: the relay connects to sockets that the kernel owns, so anything may answer.
+"""Another ZeroMQ peer in the kernel's place: the relay connects to its sockets, so anything may answer.
 
 A forked child stops the kernel, breaks its connections, and takes what connects anew. It tells its results as a well
 made message to the relay, which thereby shows that it has survived. The kernel is of no more use afterwards.

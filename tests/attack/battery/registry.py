@@ -57,7 +57,7 @@ def attack(
     needs: str = "",
     bare: bool = True,
     forked: bool = True,
-    seconds: float = 5.0,
+    seconds: float = 20.0,
 ) -> Callable[[Function], Function]:
     """Register an attack under `name`, which begins with its theme and a colon."""
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from tests.attack.battery.files import lines, read
 from tests.attack.battery.native import c, call, checked, libc
 from tests.attack.battery.registry import Given, Stopped, attack, first
 
@@ -90,7 +91,7 @@ def _rootlike(given: Given) -> None:
 
 
 def _mounted(directory: str) -> str:
-    for line in open("/proc/self/mountinfo"):
+    for line in lines("/proc/self/mountinfo"):
         if line.split()[4] == directory:
             return line.strip()
     raise Stopped("nothing is mounted")
@@ -98,8 +99,8 @@ def _mounted(directory: str) -> str:
 
 def _places(given: Given, wanted: Callable[[list[str]], bool]) -> list[str]:
     """Where something is mounted, the last first; in the control, where root could do harm, in its own place only."""
-    lines = [line.split() for line in open("/proc/self/mountinfo")]
-    found = [words[4] for words in lines[::-1] if wanted(words)]
+    mounts = [line.split() for line in lines("/proc/self/mountinfo")]
+    found = [words[4] for words in mounts[::-1] if wanted(words)]
     return [place for place in found if place == _directory()] if given["bare"] else found
 
 
@@ -322,7 +323,7 @@ def traceable(given: Given) -> str:
 @attack("syscalls: rights regained by an exec", proof="seen")
 def privileges(given: Given) -> str:
     """no_new_privs, which nothing can take back, must hold; and the capability sets must be empty."""
-    status = dict(line.split(":\t", 1) for line in open("/proc/self/status").read().splitlines() if ":\t" in line)
+    status = dict(line.split(":\t", 1) for line in lines("/proc/self/status") if ":\t" in line)
     held = [f"{key} {status[key]}" for key in ("CapInh", "CapPrm", "CapEff", "CapAmb") if int(status[key], 16)]
     if status["NoNewPrivs"] != "1":
         held.append("NoNewPrivs 0")
@@ -333,7 +334,7 @@ def privileges(given: Given) -> str:
 
 @attack("syscalls: a kernel without a filter", proof="seen")
 def unfiltered(given: Given) -> str:
-    status = open("/proc/self/status").read()
+    status = read("/proc/self/status").decode()
     if "Seccomp:\t2" in status:
         raise Stopped("a filter is set")
     return f"no filter on {platform.machine()}, {sys.platform}"
