@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeVar
 
@@ -20,16 +21,32 @@ PROBLEM = "application/problem+json"
 PROBLEM_CODE = "cloister.problem"
 """Under this name a request's scope holds the code of the problem that it was answered with."""
 MAX_JSON_BODY = 4 << 20
+SMALL_BODY = 64 << 10
+SLOT = "cloister.slot"
+"""Under this name a kernel's request has in its scope the one slot that its connections share for a larger body."""
 STALLED_SECONDS = 60.0
 _ROUTES = "docs/protocol.md lists the routes."
 
 W = TypeVar("W", bound=Wire)
 
 
-async def body_bytes(request: Request, limit: int) -> bytes:
-    """The whole body. Raises TooLargeError as soon as it passes `limit` bytes, InvalidRequestError where it stalls."""
+async def body_bytes(request: Request, limit: int, slot: asyncio.Lock | None = None) -> bytes:
+    """The whole body. Raises TooLargeError as soon as it passes `limit` bytes, InvalidRequestError where it stalls.
+
+    With a `slot`, only one body at a time that shares it gets larger than SMALL_BODY; the others wait, half read.
+    """
+    async with contextlib.AsyncExitStack() as held:
+        return await _body_bytes(request, limit, slot, held)
+
+
+async def _body_bytes(
+    request: Request, limit: int, slot: asyncio.Lock | None, held: contextlib.AsyncExitStack
+) -> bytes:
     parts, stream = bytearray(), aiter(request.stream())
     while True:
+        if slot is not None and len(parts) > SMALL_BODY:
+            await held.enter_async_context(slot)
+            slot = None
         try:
             async with asyncio.timeout(STALLED_SECONDS):
                 parts += await anext(stream)
@@ -52,7 +69,7 @@ def reads(model: type[W]) -> Callable[[Request], Awaitable[W]]:
     """A dependency that parses the body as `model` from its raw bytes: no NaN, no unknown field, none twice."""
 
     async def parse(request: Request) -> W:
-        return unambiguous.parse(model, await body_bytes(request, MAX_JSON_BODY))
+        return unambiguous.parse(model, await body_bytes(request, MAX_JSON_BODY, request.scope.get(SLOT)))
 
     return parse
 

@@ -22,7 +22,7 @@ from cloister_data.errors import ConfigurationError
 from cloister_data.framing import MAX_CHANNEL_FRAME
 from cloister_guard.guard import VERSION, Guard
 from cloister_guard.http import audit, laptop, metrics, scientist
-from cloister_guard.http.messages import install_handlers
+from cloister_guard.http.messages import SLOT, install_handlers
 from cloister_guard.http.unambiguous import OneLength
 from cloister_guard.identity import Caller
 
@@ -151,10 +151,10 @@ class KernelSockets:
         # Listening before its path is told: the kernel may connect before the server's task has run.
         listener.listen(128)
         listener.setblocking(False)
-        inner = self._app
+        inner, slot = self._app, asyncio.Lock()
 
         async def app(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
-            scope["cloister.caller"] = caller
+            scope["cloister.caller"], scope[SLOT] = caller, slot
             await inner(scope, receive, send)
 
         server = _Server(_config(app, KERNEL_CONNECTIONS))

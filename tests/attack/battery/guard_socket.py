@@ -430,6 +430,26 @@ def connections(given: Given) -> str:
     return f"{len(held)} taken"
 
 
+@attack("guard: two hundred large bodies, none of them finished", proof="host", bare=False)
+def large_bodies(given: Given) -> str:
+    """3 MiB of 4 on each connection, as far as the guard takes it. The host looks how large it has grown."""
+    waiting: list[list[Any]] = []
+    sent, end = 0, time.monotonic() + 2
+    for _ in range(200):
+        made = connect()
+        made.sendall(b"POST /api/v1/queries HTTP/1.1\r\nHost: cloister\r\nContent-Length: 4194304\r\n\r\n")
+        made.setblocking(False)
+        waiting.append([made, 3 << 20])
+    while time.monotonic() < end:
+        for one in waiting:
+            made, left = one
+            with contextlib.suppress(BlockingIOError):
+                count = made.send(bytes(min(left, 1 << 18))) if left else 0
+                one[1] -= count
+                sent += count
+    return f"{sent >> 20} MiB sent"
+
+
 @attack("guard: five hundred streams of events", proof="watch", bare=False, seconds=30)
 def streams(given: Given) -> str:
     held = []
