@@ -253,14 +253,12 @@ def test_what_a_hostile_home_holds_is_not_moved(ann: Desk) -> None:
     assert [path.name for path in ann.laptop.iterdir()] == ["a"]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="NOT CHECKED: kernels get uids of their own from root only")
-def test_a_kernel_that_kills_what_writes_into_its_home_gets_nothing_and_harms_nobody(ann: Desk) -> None:
+def test_a_kernel_never_meets_what_writes_into_its_home(ann: Desk) -> None:
     (ann.laptop / "a").write_bytes(bytes(64 << 20))
-    before = ann.moved()
     status, _ = ann.run(
-        "import os, signal, threading, time\n"
+        "import os, signal, subprocess, sys, threading, time\n"
         "def kill():\n"
-        "    end = time.monotonic() + 20\n"
+        "    end = time.monotonic() + 10\n"
         "    while time.monotonic() < end and not killed:\n"
         "        for pid in os.listdir('/proc'):\n"
         "            try:\n"
@@ -271,13 +269,11 @@ def test_a_kernel_that_kills_what_writes_into_its_home_gets_nothing_and_harms_no
         "killed = []; thread = threading.Thread(target=kill); thread.start()"
     )
     assert status == "ok"
-    status, text = ann.run("%cloister put a")
-    assert status == "error"
-    assert "was stopped" in text
-    assert ann.run("thread.join(); len(killed)")[1] == "1"
-    assert "a" not in ann.home()
-    assert ann.run("%cloister put a")[0] == "ok"  # the control
-    assert len(ann.moved()) <= len(before) + 2
+    assert ann.run("%cloister put a")[0] == "ok"
+    assert ann.run("len(killed)")[1] == "0"
+    # The control: such a process of its own it finds.
+    own = "subprocess.run([sys.executable, '-c', 'import time; time.sleep(20)', 'homefiles']).returncode"
+    assert ann.run(f"code = {own}; thread.join(); code, len(killed)")[1] == "(-9, 1)"
 
 
 def test_a_line_inside_other_code_is_the_kernels_alone(ann: Desk) -> None:

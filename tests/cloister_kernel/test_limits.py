@@ -31,7 +31,6 @@ class Service(KernelService):
 
     def __init__(self, limits: Limits, *held: Held) -> None:
         super().__init__(SimpleNamespace(), ControlClient(Path("/nowhere")), Rules(limits=limits))  # type: ignore[arg-type]
-        self._context.destroy(linger=0)
         self._kernels = {str(number): kernel for number, kernel in enumerate(held)}  # type: ignore[misc]
 
     async def _start(self, order: KernelStart) -> KernelView:

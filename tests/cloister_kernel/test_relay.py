@@ -178,7 +178,7 @@ async def printing(place: Path, holdings: Holdings) -> AsyncIterator[Printing]:
     finally:
         socket.close(linger=0)
         context.term()
-        await relay.finish(0)
+        await relay.finish(0, "")
         await relay.close()
 
 
