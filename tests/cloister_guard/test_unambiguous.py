@@ -50,6 +50,11 @@ def test_what_is_no_request_is_refused_in_the_parsers_words(body: bytes) -> None
         parse(QueryCostRequest, body)
 
 
+def test_a_body_of_very_many_values_is_refused_unread() -> None:
+    with pytest.raises(InvalidRequestError, match="too many values"):
+        parse(QueryCostRequest, b'{"question": [' + b"{}," * 40_000 + b"{}]}")
+
+
 def test_what_only_one_parser_reads_is_refused() -> None:
     with pytest.raises((ValidationError, InvalidRequestError)):
         parse(QueryCostRequest, json.dumps(json.loads(GOOD)).encode("utf-16"))

@@ -11,27 +11,38 @@ from cloister_data.base import Wire
 from cloister_data.errors import InvalidRequestError
 
 MAX_NAMES = 4096
-"""Names in one JSON object. A validator notes every unknown one: a body full of them would take it a second."""
+"""Names in one body. A validator notes every unknown one: a body full of them would take it seconds."""
+MAX_COMMAS = 32_768
+"""And so for the items of lists. Commas in text count too: requests hold no long texts but base64."""
 
 W = TypeVar("W", bound=Wire)
 
 
-def _look(pairs: list[tuple[str, object]]) -> None:
-    if len(pairs) > MAX_NAMES:
-        raise InvalidRequestError("The request holds too many fields.", why=f"The limit for one object is {MAX_NAMES}.")
-    if len({name for name, _ in pairs}) != len(pairs):
-        raise InvalidRequestError(
-            "The request gives a field twice.",
-            why="One reader would take the first value, another the last.",
-            next_step="Nothing was charged. Give each field once.",
-        )
+class _Look:
+    """Sees each object of a body when it ends. Raises InvalidRequestError."""
+
+    def __init__(self) -> None:
+        self._names = 0
+
+    def __call__(self, pairs: list[tuple[str, object]]) -> None:
+        self._names += len(pairs)
+        if self._names > MAX_NAMES:
+            raise InvalidRequestError("The request holds too many fields.", why=f"The limit is {MAX_NAMES}.")
+        if len({name for name, _ in pairs}) != len(pairs):
+            raise InvalidRequestError(
+                "The request gives a field twice.",
+                why="One reader would take the first value, another the last.",
+                next_step="Nothing was charged. Give each field once.",
+            )
 
 
 def parse(model: type[W], body: bytes) -> W:
     """`model.from_json` for what comes from outside. Raises InvalidRequestError or pydantic.ValidationError."""
+    if body.count(b",") > MAX_COMMAS:
+        raise InvalidRequestError("The request holds too many values.", why=f"The limit is {MAX_COMMAS}.")
     try:
         # Nothing of it is kept: numbers stay text, and objects become None.
-        json.loads(body, object_pairs_hook=_look, parse_int=str, parse_float=str)
+        json.loads(body, object_pairs_hook=_Look(), parse_int=str, parse_float=str)
     except (ValueError, RecursionError):
         model.from_json(body)  # says what is wrong with it
         raise InvalidRequestError("The request isn't JSON.", next_step="Nothing was charged.") from None

@@ -31,7 +31,7 @@ def forks(given: Given) -> str:
     return f"{len(alive)} processes at once"
 
 
-@attack("limits: much memory", proof="seen", bare=False, seconds=20)
+@attack("limits: much memory", proof="seen", needs="memory_hog", bare=False, seconds=20)
 def memory(given: Given) -> str:
     size = given["limits"]["memory"]
     page = mmap.mmap(-1, size)
