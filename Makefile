@@ -42,7 +42,8 @@ bench: $(STAMP) ## Run every benchmark
 		$(BIN)/python -m "tests.benchmarks.$$(basename "$$file" .py)" || exit 1; \
 	done; [ $$found = 1 ] || echo "There are no benchmarks yet."
 
-long: $(STAMP) ## What takes hours: 500 kills on each database, every bit of signed evidence, an hour of fuzzing
+long: $(STAMP) ## What takes hours: 500 kills on each database, 1000 kernels, every bit of signed evidence, an hour of fuzzing
 	CLOISTER_KILLS=500 $(BIN)/python -m pytest tests/cloister_budget/test_crash.py
 	CLOISTER_EXHAUSTIVE=1 $(BIN)/python -m pytest tests/cloister_attest/test_mutations.py
+	CLOISTER_CYCLES=1000 $(BIN)/python -m pytest tests/cloister_kernel/sandbox/test_confined.py -k nothing_of
 	$(BIN)/python -m tests.fuzz --seconds 3600

@@ -24,7 +24,7 @@ from cloister_data.control import RegisterKernel
 from cloister_data.errors import ForbiddenError, UnavailableError
 from cloister_data.framing import frame_length, pack_frame
 from cloister_data.kernels import KernelAnswer, KernelFigures, KernelLaunch, KernelMeet, KernelStart
-from tests.fakes.kernel_client import Make, gone, run
+from tests.fakes.kernel_client import Make, gone, kernel_processes, run
 from tests.fakes.kernel_relay import KernelRelay, running_relay
 
 GUARD, NEXT = "a" * 32, "b" * 32
@@ -154,15 +154,15 @@ def test_a_service_whose_guard_never_comes_back_ends_with_its_kernels() -> None:
     with running_relay("--guard-away", "2") as relay:
         assert relay.service is not None
         assert ask(relay, KernelStart(user="alice", launch=KernelLaunch())).kernel is not None
-        (kernel,) = psutil.Process(relay.service.pid).children()
+        kernel = kernel_processes(relay)
+        assert kernel
         for _ in range(10):
             assert meet(relay).running == 1  # the control: with a guard it goes on for longer
             time.sleep(0.3)
         assert relay.service.wait(20) == 0
-        psutil.wait_procs([kernel], timeout=5)
-        assert not kernel.is_running()
+        assert psutil.wait_procs(kernel, timeout=5)[1] == []
         assert not relay.service_socket.exists()
-        for name in ("homes", "k"):
+        for name in ("h", "k"):
             assert not list((relay.directory / name).iterdir())
         assert not [path for path in (relay.directory / "g").rglob("*") if path.is_socket()]
 

@@ -34,6 +34,7 @@ from cloister_kernel.control import ControlClient
 from cloister_kernel.kernels import KernelService
 from cloister_kernel.unconfined import UnconfinedSpawner
 from tests.fakes.guard_control import FakeControl
+from tests.fakes.kernel_client import kernel_processes, processes
 from tests.fakes.kernel_relay import KernelRelay, running_relay
 
 UNKNOWN = "0" * 32
@@ -106,7 +107,7 @@ def test_the_life_of_a_kernel(relay: KernelRelay) -> None:
     view = ask(relay, START).kernel
     assert view is not None
     assert view.state == "running"
-    assert view.sandbox == ("user" if os.geteuid() == 0 else "none")
+    assert view.sandbox == "confined"
     registered = [order for order in relay.control.orders if isinstance(order, RegisterKernel)][-1]
     assert (registered.kernel, registered.user) == (view.kernel, "alice")
     listed = ask(relay, KernelQuery(user="alice")).kernels
@@ -141,7 +142,9 @@ def test_a_kernel_that_the_guard_refuses_never_starts(relay: KernelRelay) -> Non
         assert code(ask(relay, START)) == "forbidden"
     finally:
         relay.control.problem = None
-    assert not list((relay.directory / "homes").iterdir())
+    assert not processes(relay)
+    for name in ("k", "h"):
+        assert not list((relay.directory / name).iterdir())
 
 
 def test_a_channel_that_begins_wrongly_is_closed(relay: KernelRelay) -> None:
@@ -161,10 +164,9 @@ def test_a_verdict_is_in_no_command_line(relay: KernelRelay) -> None:
     launch = KernelLaunch(verdict=json.dumps({"x": "in no list of processes"}))
     view = ask(relay, KernelStart(user="alice", launch=launch)).kernel
     assert view is not None
-    assert relay.service is not None
-    (kernel,) = psutil.Process(relay.service.pid).children()
-    assert "in no list" not in " ".join(kernel.cmdline())
-    assert "in no list" in kernel.environ()["CLOISTER_VERDICT"]  # the control
+    seen = [" ".join([*process.cmdline(), *process.environ().values()]) for process in kernel_processes(relay)]
+    assert any("cloister_kernel.sandbox.shim" in text for text in seen)  # the control: these are the kernel's
+    assert not any("in no list" in text for text in seen)
     ask(relay, KernelSignal(op="end", kernel=view.kernel))
 
 
@@ -173,18 +175,18 @@ def test_kernels_end_with_a_service_that_is_killed_and_the_next_one_cleans_up() 
         view = ask(relay, START).kernel
         assert view is not None
         assert relay.service is not None
-        (kernel,) = psutil.Process(relay.service.pid).children()
-        home = relay.directory / "homes" / view.kernel
-        assert home.is_dir()
+        kernel = kernel_processes(relay)
+        place = relay.directory / "k" / view.kernel[:12]
+        assert kernel
+        assert place.is_dir()
         relay.service.kill()
         relay.service.wait()
-        psutil.wait_procs([kernel], timeout=5)
-        assert not kernel.is_running()
+        assert psutil.wait_procs(kernel, timeout=5)[1] == []
         relay.start_service()
         deadline = time.monotonic() + 10
-        while home.exists() and time.monotonic() < deadline:
+        while place.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert not home.exists()
+        assert not place.exists()
 
 
 def test_a_second_service_waits_until_the_first_has_ended() -> None:

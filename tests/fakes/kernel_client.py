@@ -36,9 +36,20 @@ def run(
     return reply["content"]["status"], "".join(texts)
 
 
-def processes(relay: KernelRelay) -> set[int]:
+def kernel_processes(relay: KernelRelay) -> list[psutil.Process]:
+    """All that the kernel service has started: not the process that mounts for it, a fork of its own."""
     assert relay.service is not None
-    return {child.pid for child in psutil.Process(relay.service.pid).children(recursive=True)}
+    service = psutil.Process(relay.service.pid)
+    found = []
+    for child in service.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.cmdline() != service.cmdline():
+                found.append(child)
+    return found
+
+
+def processes(relay: KernelRelay) -> set[int]:
+    return {process.pid for process in kernel_processes(relay)}
 
 
 def gone(relay: KernelRelay, seconds: float = 5.0) -> bool:

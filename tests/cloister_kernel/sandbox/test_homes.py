@@ -203,7 +203,7 @@ def test_kernels_share_a_home_that_is_bounded_and_saved_while_they_run() -> None
         "same": "hello True\n",
         "both ways": "hello again True\n",
         "two uids": True,
-        "full": "No space left on device 16\nNo space left on device True\n",
+        "full": "No space left on device 15\nNo space left on device True\n",
         "saved while running": True,
         "saved again": True,
         "unchanged isn't": True,
