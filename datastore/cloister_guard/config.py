@@ -43,8 +43,8 @@ class GuardConfig(Wire):
         state_dir: where the database and the encrypted datasets live; made with mode 0700. Files that leave a
             kernel wait there, without a name: leave 16 GiB free (8 files of 2 GiB at the most).
         runtime_dir: where the unix sockets live: a short path that the kernels' users can traverse, outside state_dir.
-        homes_dir: where the users' homes are kept, encrypted; by default `state_dir` with `-homes` at its end. The kernel
-            service alone reaches it, and doesn't reach `state_dir`.
+        homes_dir: where the users' homes are kept, encrypted; by default `state_dir` with `-homes` at its end. The
+            kernel service alone reaches it, and doesn't reach `state_dir`.
         platform: the hardware that proves this machine.
         trust: on real hardware, the trust file that says what a machine that wrote this audit log must have proven, at
             every start: this one, and all earlier ones.

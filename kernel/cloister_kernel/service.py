@@ -114,7 +114,8 @@ def make_spawner(options: argparse.Namespace) -> ConfinedSpawner | UnconfinedSpa
         options.vault,
         limits=KernelLimits(options.memory_mb << 20, options.processes, options.cpus),
         home_bytes=options.home_mb << 20,
-        tmp_bytes=options.memory_mb << 19,
+        # An eighth for each of /tmp, /var/tmp and /dev/shm.
+        tmp_bytes=options.memory_mb << 17,
     )
 
 

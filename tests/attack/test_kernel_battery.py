@@ -32,6 +32,7 @@ from cloister_data.kernels import KernelList
 from cloister_data.release import Release
 from cloister_data.schema import RealColumn, Schema, TextColumn
 from cloister_data.statistics import QueryRequest, Question
+from cloister_kernel.holdings import KERNEL_BYTES
 from cloister_kernel.kernelspec import install_kernelspec
 from tests.attack.battery.processes import SIGNALS
 from tests.attack.battery.registry import MARK
@@ -52,27 +53,29 @@ from tests.fakes.canaries import DECOY, Canaries, planted
 from tests.fakes.kernel_client import run
 from tests.fakes.running import RunningCloister, make_policy, running_cloister
 
-CONFINED: tuple[str, ...] | None = None
-UNCONFINED: tuple[str, ...] = ()
+CONFINED: tuple[str, ...] | None = ()
+UNCONFINED: tuple[str, ...] = ("--unsafe-no-sandbox",)
 """How `cloister serve` is started for either kind of kernel; None where it can't yet."""
-CONFINED_CONFIG = ""
+CONFINED_CONFIG = "kernel_memory_mb = 512\nkernel_processes = 256\nhome_mb = 32\n"
 """Lines of the configuration that set a confined kernel's limits below SIZES."""
 SIZES = {
     "processes": 600,
     "memory": 64 << 20,
-    "disk": 64 << 20,
-    "files": 5000,
+    "disk": 80 << 20,
+    "files": 10_000,
     "descriptors": 20_000,
     "message": 32 << 20,
     "messages": 5_000,
-    "endless": 192 << 20,
+    "endless": 640 << 20,
 }
 """How much the attacks on limits use: bytes and numbers. A limit that takes hold later than that isn't seen."""
 
 MUCH = 160 << 20
-"""Bytes by which a hostile kernel must not make the guard or the kernel service grow."""
+"""Bytes by which a hostile kernel must not make the guard grow."""
+HELD = KERNEL_BYTES + MUCH
+"""The same for the kernel service, which holds so much of one kernel's output for a laptop that is away."""
 
-KNOWN = {"peer: a message that never ends"}
+KNOWN: set[str] = set()
 """Open for now, and not for want of a sandbox: libzmq keeps all parts of a message until its last one has come."""
 
 SCHEMA = Schema(
@@ -234,9 +237,9 @@ def _effects(found: RunningCloister, canaries: Canaries, heard: list[str], growt
     guard, service = _trusted(found)
     files = guard.num_fds()
 
-    def grown(process: psutil.Process) -> str:
+    def grown(process: psutil.Process, much: int = MUCH) -> str:
         more = growth.of(process)
-        return _seen(more > MUCH, f"it grew by {more >> 20} MiB")
+        return _seen(more > much, f"it grew by {more >> 20} MiB")
 
     def planted_file(kind: str, prefix: str = "") -> str:
         places = [*given[kind], *map(str, canaries.directories.values())]
@@ -265,7 +268,7 @@ def _effects(found: RunningCloister, canaries: Canaries, heard: list[str], growt
         ),
         "guard: a body that never ends": lambda: grown(guard),
         "guard: two hundred large bodies, none of them finished": lambda: grown(guard),
-        "peer: a message that never ends": lambda: grown(service),
+        "peer: a message that never ends": lambda: grown(service, HELD),
         "guard: lines put into its log": log,
         "output: messages that claim another session's request": forged,
         "output: messages for another session's comm": forged,

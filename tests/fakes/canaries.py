@@ -30,7 +30,7 @@ from tests.attack.battery.registry import MARK
 DECOY = """
 import ctypes, json, os, signal, sys, time
 secret = sys.argv[1]
-open("/proc/self/comm", "w").write("decoy")
+ctypes.CDLL(None).prctl(15, b"decoy", 0, 0, 0)  # PR_SET_NAME
 held = ctypes.create_string_buffer(secret.encode(), 64)
 descriptor = os.memfd_create("secret")
 os.write(descriptor, secret.encode())

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+import re
 import stat
 import struct
 import subprocess
@@ -151,7 +152,9 @@ def counters(given: Given) -> str:
         "slabinfo",
     ):
         with contextlib.suppress(OSError):
-            if read(f"/proc/{name}").strip():
+            shown = read(f"/proc/{name}")
+            # What counts nothing is the same for everybody.
+            if any(int(number) > 1 for number in re.findall(r"\b\d+\b", shown)):
                 found.append(name)
     if not found:
         raise Stopped("none shows anything")

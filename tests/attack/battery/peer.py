@@ -1,7 +1,7 @@
-"""Another ZeroMQ peer in the kernel's place: the relay connects to its sockets, so anything may answer.
+"""Another ZeroMQ peer in the kernel's place: what ipykernel sends, anything in the kernel may send.
 
-A forked child stops the kernel, breaks its connections, and takes what connects anew. It tells its results as a well
-made message to the relay, which thereby shows that it has survived. The kernel is of no more use afterwards.
+A forked child stops the kernel and writes to its connections from the relay. It tells its results as a well made
+message to the relay, which thereby shows that it has survived. The kernel is of no more use afterwards.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import socket
 import struct
 import time
-from collections.abc import Iterator
 
 from tests.attack.battery.registry import Given
 
@@ -61,71 +59,52 @@ HOSTILE = {
 }
 
 
-def _break_connections(listeners: list[int]) -> None:
-    paths = {socket.socket(fileno=os.dup(number)).getsockname() for number in listeners}
+def _connections(listeners: list[int]) -> dict[int, socket.socket]:
+    """By listener, the relay's connection to it: the kernel accepted one on each."""
+    paths = {socket.socket(fileno=os.dup(number)).getsockname(): number for number in listeners}
+    found = {}
     for number in map(int, os.listdir("/proc/self/fd")):
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as one:
-            if one.family == socket.AF_UNIX and one.getsockname() in paths and number not in listeners:
-                one.shutdown(socket.SHUT_RDWR)
-
-
-def _accepted(waiting: list[socket.socket], seconds: float) -> Iterator[socket.socket]:
-    """What connects within so many seconds."""
-    end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
-        for one in select.select(waiting, [], [], left)[0]:
-            accepted, _ = one.accept()
-            accepted.settimeout(1.0)
-            yield accepted
-
-
-def _garbage(waiting: list[socket.socket]) -> int:
-    """One thing of HOSTILE after the other, each to whoever connects next."""
-    taken, held = 0, []
-    for accepted in _accepted(waiting, 2):
         with contextlib.suppress(OSError):
-            accepted.sendall(list(HOSTILE.values())[taken % len(HOSTILE)])
-        held.append(accepted)
-        taken += 1
-        if taken >= 2 * len(HOSTILE):
-            break
-        if len(held) > 2:
-            held.pop(0).close()
+            one = socket.socket(fileno=os.dup(number))
+            if one.family == socket.AF_UNIX and number not in listeners and one.getsockname() in paths:
+                one.setblocking(True)
+                one.settimeout(10.0)
+                found[paths[one.getsockname()]] = one
+    return found
+
+
+def _garbage(connections: list[socket.socket]) -> int:
+    """On each connection another thing of HOSTILE, as if it were a message: connections that took some of it."""
+    taken = 0
+    for number, connection in enumerate(connections):
+        for garbage in list(HOSTILE.values())[number:]:
+            try:
+                connection.sendall(garbage)
+            except OSError:
+                break  # the relay has had enough
+            taken += 1
     return taken
 
 
-def _endless(waiting: list[socket.socket], size: int) -> int:
-    """Parts of 1 MiB with more to come: MiB sent of a message that never ends."""
+def _endless(connection: socket.socket, size: int) -> int:
+    """Parts of 1 MiB with more to come, and an end after all: MiB that were taken of one message."""
     sent = 0
-    for accepted in _accepted(waiting, 3):
-        with contextlib.suppress(OSError):
-            accepted.sendall(_greeting(b"PUB"))
-            while sent < size:
-                accepted.sendall(b"\x03" + struct.pack(">Q", 1 << 20) + bytes(1 << 20))
-                sent += 1 << 20
-            time.sleep(0.5)
-        accepted.close()
-        break
+    while sent < size:
+        connection.sendall(b"\x03" + struct.pack(">Q", 1 << 20) + bytes(1 << 20))
+        sent += 1 << 20
+    time.sleep(0.5)
+    connection.sendall(b"\x00\x00")
     return sent >> 20
 
 
-def _tell(waiting: list[socket.socket], text: str) -> None:
+def _tell(connection: socket.socket, text: str) -> None:
     """As the kernel's iopub, to the relay's subscriber."""
     header = {"msg_id": "0", "msg_type": "stream", "session": "0", "username": "kernel", "date": "", "version": "5.3"}
     content = {"name": "stdout", "text": text}
     parts = [b"stream", b"<IDS|MSG>", b"", json.dumps(header).encode(), b"{}", b"{}", json.dumps(content).encode()]
-    frames = b"".join(
-        struct.pack(">BQ", 2 | (number < len(parts) - 1), len(part)) + part for number, part in enumerate(parts)
-    )
-    for accepted in _accepted(waiting, 5):
-        with contextlib.suppress(OSError):
-            accepted.sendall(_greeting(b"PUB"))
-            time.sleep(0.2)
-            if b"SUB" in accepted.recv(4096):
-                accepted.sendall(frames)
-                time.sleep(1)
-                return
-            accepted.setblocking(False)
+    for number, part in enumerate(parts):
+        connection.sendall(struct.pack(">BQ", 2 | (number < len(parts) - 1), len(part)) + part)
+    time.sleep(1)
 
 
 def take_the_kernels_place(given: Given) -> None:
@@ -142,16 +121,12 @@ def take_the_kernels_place(given: Given) -> None:
     kernel = os.getppid()
     try:
         os.kill(kernel, signal.SIGSTOP)
-        _break_connections(listeners)
-        # After an error of protocol ZeroMQ doesn't come back: garbage isn't for the channel that tells the results.
-        others, told = (
-            [socket.socket(fileno=number) for number in listeners if (number == iopub) == wanted]
-            for wanted in (False, True)
-        )
+        connections = _connections(listeners)
+        told = connections.pop(iopub)
         results = []
         for name, proof, count, what in (
             ("peer: a message that never ends", "host", _endless(told, given["limits"]["endless"]), "MiB"),
-            ("peer: garbage in the kernel's place", "watch", _garbage(others), "connections"),
+            ("peer: garbage in the kernel's place", "watch", _garbage(list(connections.values())), "pieces"),
         ):
             verdict = "open" if count else "broken"
             results.append({"name": name, "proof": proof, "verdict": verdict, "detail": f"{count} {what}", "took": ""})
