@@ -152,7 +152,7 @@ def counters(given: Given) -> str:
         "slabinfo",
     ):
         with contextlib.suppress(OSError):
-            shown = read(f"/proc/{name}")
+            shown = read(f"/proc/{name}").decode()
             # What counts nothing is the same for everybody.
             if any(int(number) > 1 for number in re.findall(r"\b\d+\b", shown)):
                 found.append(name)
