@@ -69,15 +69,23 @@ class _Opened:
         """`status` is its present one. Raises OSError."""
         needed = 0o500 if stat.S_ISDIR(status.st_mode) else 0o400
         if status.st_mode & needed != needed:
-            os.chmod(path, stat.S_IMODE(status.st_mode) | needed)
+            _set_mode(path, status, stat.S_IMODE(status.st_mode) | needed)
             self._before.append((path, status))
 
     def __exit__(self, *_: object) -> None:
         for path, status in reversed(self._before):
             with suppress(OSError):
-                # Nothing else that lies there by now, and not through a link.
-                if os.lstat(path).st_ino == status.st_ino:
-                    os.chmod(path, stat.S_IMODE(status.st_mode))
+                _set_mode(path, status, stat.S_IMODE(status.st_mode))
+
+
+def _set_mode(path: str, status: os.stat_result, mode: int) -> None:
+    """Of what `status` was found for: never of what lies there by now, nor of a link's target. Raises OSError."""
+    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if os.fstat(descriptor).st_ino == status.st_ino:
+            os.chmod(f"/proc/self/fd/{descriptor}", mode)
+    finally:
+        os.close(descriptor)
 
 
 def _entries(home: str, opened: _Opened) -> Iterator[tuple[str, os.stat_result]]:
