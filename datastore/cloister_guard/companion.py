@@ -26,8 +26,8 @@ MEET_SECONDS = 5.0
 FIRST_MEET_SECONDS = 0.2
 RESTART_SECONDS = 1.0
 ANSWER_PAUSE_SECONDS = 0.02
-STOP_SECONDS = 15.0
-"""It ends its kernels, one beside the other, and lets their laptops know."""
+STOP_SECONDS = 120.0
+"""It ends its kernels, one beside the other, lets their laptops know, and saves the homes."""
 
 _UCRED = struct.Struct("3i")
 
