@@ -15,6 +15,7 @@ from cloister_data.base import Digest, Identifier, UnixSeconds, Wire
 from cloister_data.identity import Role
 from cloister_data.mechanism import Mechanism
 from cloister_data.policy import Limit, Operation, Platform, Sandbox
+from cloister_data.transfers import MAX_TRANSFER_BYTES, Direction
 
 MAX_PAYLOAD_BYTES = 1 << 16
 """Largest leaf."""
@@ -69,6 +70,21 @@ class KernelStarted(Wire):
     kernel: Identifier
     user: Ref
     sandbox: Sandbox
+
+
+class Transferred(Wire):
+    """A whole file goes to a kernel's home ("put") or leaves it for the laptop ("get"); written before it does.
+
+    `file` is its path by ref, for a name may be personal; `content` is SHA-256 of its bytes.
+    """
+
+    kind: Literal["transfer"] = "transfer"
+    direction: Direction
+    kernel: Identifier
+    user: Ref
+    file: Ref
+    size: int = Field(ge=0, le=MAX_TRANSFER_BYTES)
+    content: Digest
 
 
 class Counted(Wire):
@@ -311,6 +327,7 @@ Entry = Annotated[
     | UserCreated
     | Login
     | KernelStarted
+    | Transferred
     | Counted
     | Refused
     | OwnerTermsSet

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from cloister_data.policy import SANDBOX_ORDER, Operation, Platform, Policy, Sandbox
@@ -113,3 +113,17 @@ def decide(request: AccessRequest, policy: Policy, now: int) -> Decision:
         if reason:
             return Decision(False, name, reason)
     return Decision(True, "admitted", "Every rule of the policy admits the request.")
+
+
+def decide_transfer(user: str, policies: Iterable[Policy]) -> Decision:
+    """Whether `user` may move a file between a laptop and a kernel, by every policy in force in the cloister.
+
+    One that names the user and forbids it decides, also where it has expired or is suspended: what the kernel may hold
+    was given out before. The first by the dataset's name is told.
+    """
+    for policy in sorted(policies, key=lambda policy: policy.dataset):
+        if user in policy.readers and policy.transfers != "allowed":
+            return Decision(
+                False, "transfers", f"The policy of {policy.dataset} forbids to move files to and from a kernel."
+            )
+    return Decision(True, "admitted", "No policy that names the user forbids transfers.")

@@ -16,7 +16,7 @@ MAX_PAGE_BYTES = 8 << 20
 NAMES_IN_A_PAGE = 1000
 ENTRIES_IN_A_PAGE = 500
 
-NameKind = Literal["user", "dataset", "population", "account"]
+NameKind = Literal["user", "dataset", "population", "account", "file"]
 
 
 class LogState(Wire):

@@ -12,7 +12,11 @@ from enum import IntEnum
 from cloister_data.errors import InvalidRequestError, TooLargeError
 
 MAX_JSON_FRAME = 1 << 20
-MAX_CHANNEL_FRAME = 256 << 20
+MAX_CHANNEL_MESSAGE = 256 << 20
+"""One Jupyter message, all its parts together."""
+MAX_SLICE = 256 << 10
+"""Above this size a message travels in slices: none holds up a connection, and one that breaks repeats little."""
+MAX_CHANNEL_FRAME = 2 * MAX_SLICE
 MAX_HEAD = 8 << 20
 MAX_PARTS = 4096
 
@@ -24,6 +28,11 @@ CHANNEL_VERSION = 1
 def pack_frame(payload: bytes) -> bytes:
     """u32 length, then the payload."""
     return _LENGTH.pack(len(payload)) + payload
+
+
+def frame_prefix(payload: bytes) -> bytes:
+    """The u32 length alone."""
+    return _LENGTH.pack(len(payload))
 
 
 def frame_length(prefix: bytes, limit: int) -> int:
@@ -58,6 +67,16 @@ class FrameKind(IntEnum):
     EXIT = 3
 
 
+class Slice(IntEnum):
+    """Whether a DATA frame is a whole message, or a slice whose last part goes on in the next frame's first part, or a
+    message's last slice. Slices of one message follow each other; the first is a FURTHER, too.
+    """
+
+    WHOLE = 0
+    FURTHER = 1
+    LAST = 2
+
+
 class Channel(IntEnum):
     SHELL = 0
     IOPUB = 1
@@ -71,7 +90,7 @@ class ChannelFrame:
 
     `sequence` counts this direction's DATA and EXIT frames from 1 (0 on HELLO and ACK); `acknowledged` is the highest
     sequence number that the sender has received from the other side without a gap. `parts` are the Jupyter message's
-    ZeroMQ parts with an empty signature; for EXIT the exit code in decimal, and the reason as text.
+    ZeroMQ parts with an empty signature, or some of them; for EXIT the exit code in decimal, and the reason as text.
     """
 
     kind: FrameKind
@@ -79,9 +98,12 @@ class ChannelFrame:
     sequence: int
     acknowledged: int
     parts: tuple[bytes, ...] = ()
+    slice: Slice = Slice.WHOLE
 
     def pack(self) -> bytes:
-        head = _CHANNEL_HEADER.pack(CHANNEL_VERSION, self.kind, self.channel, 0, self.sequence, self.acknowledged)
+        head = _CHANNEL_HEADER.pack(
+            CHANNEL_VERSION, self.kind, self.channel, self.slice, self.sequence, self.acknowledged
+        )
         pieces = [head, _LENGTH.pack(len(self.parts))]
         for part in self.parts:
             pieces += (_LENGTH.pack(len(part)), part)
@@ -91,9 +113,9 @@ class ChannelFrame:
     def unpack(cls, data: bytes) -> ChannelFrame:
         """Raises InvalidRequestError for anything but one whole frame."""
         try:
-            version, kind, channel, reserved, sequence, acknowledged = _CHANNEL_HEADER.unpack_from(data)
+            version, kind, channel, slice, sequence, acknowledged = _CHANNEL_HEADER.unpack_from(data)
             (count,) = _LENGTH.unpack_from(data, _CHANNEL_HEADER.size)
-            if version != CHANNEL_VERSION or reserved != 0 or count > MAX_PARTS:
+            if version != CHANNEL_VERSION or count > MAX_PARTS:
                 raise InvalidRequestError("A kernel channel frame has a header of another version.")
             offset = _CHANNEL_HEADER.size + _LENGTH.size
             parts = []
@@ -106,6 +128,8 @@ class ChannelFrame:
                 offset += length
             if offset != len(data):
                 raise InvalidRequestError("A kernel channel frame has bytes after its end.")
-            return cls(FrameKind(kind), Channel(channel), sequence, acknowledged, tuple(parts))
+            if slice != Slice.WHOLE and (kind != FrameKind.DATA or not parts):
+                raise InvalidRequestError("A kernel channel frame is a slice of nothing.")
+            return cls(FrameKind(kind), Channel(channel), sequence, acknowledged, tuple(parts), Slice(slice))
         except (struct.error, ValueError) as error:
             raise InvalidRequestError("A kernel channel frame can't be read.") from error

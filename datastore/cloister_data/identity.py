@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from cloister_data.base import Text, UnixSeconds, UserName, Wire
+from cloister_data.policy import Sandbox
 
 Role = Literal["scientist", "owner", "admin"]
 Password = Annotated[str, StringConstraints(min_length=8, max_length=1024)]
@@ -27,11 +28,14 @@ class LoginAnswer(Wire):
 
 
 class WhoAmI(Wire):
+    """`sandbox` is how the kernel that asks is kept apart; None where it isn't a kernel that asks."""
+
     user: UserName
     role: Role
     cloister: Text
     simulated: bool
     version: Text
+    sandbox: Sandbox | None = None
 
 
 class NewUser(Wire):

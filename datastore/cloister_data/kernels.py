@@ -9,6 +9,7 @@ from pydantic import Field
 from cloister_data.base import Identifier, Text, UnixSeconds, UserName, Wire
 from cloister_data.errors import Problem
 from cloister_data.policy import Sandbox
+from cloister_data.transfers import MAX_TRANSFER_BYTES, HomePath, TransferTerms
 
 MISCONFIGURED = 78
 """The exit status of a kernel service that can't start on this machine (EX_CONFIG of sysexits.h)."""
@@ -68,6 +69,32 @@ class KernelAttach(Wire):
     kernel: Identifier
 
 
+class KernelPut(Wire):
+    """Guard to kernel service: from the answer on, `size` bytes follow in frames, and an empty frame at their end.
+
+    The file is in its place once a second answer says so. Until the empty frame nothing of it shows.
+    """
+
+    op: Literal["put"] = "put"
+    kernel: Identifier
+    path: HomePath
+    size: int = Field(ge=0, le=MAX_TRANSFER_BYTES)
+
+
+class KernelGet(Wire):
+    """Guard to kernel service: the answer says the file's size; so many bytes follow in frames."""
+
+    op: Literal["get"] = "get"
+    kernel: Identifier
+    path: HomePath
+
+
+class KernelRuntime(Wire):
+    """Guard to kernel service: what the kernels run on."""
+
+    op: Literal["runtime"] = "runtime"
+
+
 class KernelQuery(Wire):
     """Guard to kernel service: the kernels of one user."""
 
@@ -108,7 +135,16 @@ class KernelFigures(Wire):
 
 
 KernelOrder = Annotated[
-    KernelStart | KernelSignal | KernelAttach | KernelQuery | KernelWipe | KernelMeet, Field(discriminator="op")
+    KernelStart
+    | KernelSignal
+    | KernelAttach
+    | KernelQuery
+    | KernelWipe
+    | KernelMeet
+    | KernelPut
+    | KernelGet
+    | KernelRuntime,
+    Field(discriminator="op"),
 ]
 
 
@@ -118,4 +154,6 @@ class KernelAnswer(Wire):
     kernel: KernelView | None = None
     kernels: KernelList | None = None
     figures: KernelFigures | None = None
+    size: int | None = Field(default=None, ge=0, le=MAX_TRANSFER_BYTES)
+    runtime: TransferTerms | None = None
     problem: Problem | None = None

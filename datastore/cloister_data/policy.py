@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic_core import PydanticCustomError
 
 from cloister_data.base import DatasetName, UnixSeconds, UserName, Wire
 
@@ -12,6 +13,9 @@ Platform = Literal["simulated", "sev-snp", "tdx"]
 Operation = Literal["count", "sum", "mean", "train", "evaluate"]
 Sandbox = Literal["none", "user", "confined"]
 """How a kernel is kept apart: not at all, by its own uid, or by every layer of the sandbox."""
+
+Transfers = Literal["allowed", "forbidden"]
+"""Whether those whom the policy names may move files between their laptops and their kernels."""
 
 SANDBOX_ORDER: tuple[Sandbox, ...] = ("none", "user", "confined")
 
@@ -56,9 +60,12 @@ class Policy(Wire):
     `suspended` stops the whole dataset, `suspended_users` stops these users on it: nothing new is admitted, and what
     runs is ended. `release_delta` is the delta at which a release's own epsilon is stated, `epsilon_cap` the
     largest epsilon of one request. `expires` of None says "until replaced".
+
+    A document of format 1 has no `transfers`: its owner was never asked, so it says "forbidden". Its bytes, and its
+    digest, are what they were. One of format 2 must have it.
     """
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 2
     dataset: DatasetName
     version: int = Field(ge=1, le=1_000_000)
     population_limit: Limit
@@ -71,7 +78,24 @@ class Policy(Wire):
     operations: tuple[Operation, ...] = Field(max_length=16)
     platforms: tuple[Platform, ...] = Field(max_length=8)
     minimum_sandbox: Sandbox
+    transfers: Transfers = "forbidden"
     expires: UnixSeconds | None
+
+    @model_validator(mode="after")
+    def _says_what_its_format_knows(self) -> Self:
+        said = "transfers" in self.model_fields_set
+        if self.format == 2 and not said:
+            raise PydanticCustomError("missing", "Field required: transfers")
+        if self.format == 1 and self.transfers != "forbidden":
+            raise PydanticCustomError("unknown_in_format", "Format 1 doesn't know transfers")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_signed(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        document: dict[str, Any] = serialize(self)
+        if self.format == 1:
+            del document["transfers"]
+        return document
 
     @property
     def readers(self) -> frozenset[str]:

@@ -9,6 +9,7 @@ import signal
 import socket
 import struct
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,9 @@ from cloister_guard.kernels import Kernels
 logger = structlog.get_logger()
 
 MEET_SECONDS = 5.0
-FIRST_MEET_SECONDS = 0.2
+RETRY_SECONDS = 0.2
+TROUBLE_SECONDS = 15.0
+"""So long a kernel service may need to start before the log says that it isn't there."""
 RESTART_SECONDS = 1.0
 ANSWER_PAUSE_SECONDS = 0.02
 STOP_SECONDS = 120.0
@@ -34,17 +37,20 @@ _UCRED = struct.Struct("3i")
 
 async def stay_met(kernels: Kernels, sockets: KernelSockets) -> None:
     """Until it is cancelled: tell the kernel service that this guard is there, and close what an earlier one left."""
-    pause = FIRST_MEET_SECONDS
+    met = time.monotonic()
+    told = False
     while True:
         try:
             figures = await kernels.meet()
-            await sockets.keep(figures.service)
-            pause = MEET_SECONDS
         except CloisterError as error:
-            if pause != FIRST_MEET_SECONDS:
+            if not told and time.monotonic() - met > TROUBLE_SECONDS:
                 logger.error("the kernel service can't be met", why=error.code)
-            pause = FIRST_MEET_SECONDS
-        await asyncio.sleep(pause)
+                told = True
+            await asyncio.sleep(RETRY_SECONDS)
+            continue
+        met, told = time.monotonic(), False
+        await sockets.keep(figures.service)
+        await asyncio.sleep(MEET_SECONDS)
 
 
 class _Service:

@@ -40,9 +40,11 @@ class GuardConfig(Wire):
 
     Attributes:
         listen: `address:port` for HTTPS; port 0 takes a free one.
-        state_dir: where the database and the encrypted datasets live; made with mode 0700.
+        state_dir: where the database and the encrypted datasets live; made with mode 0700. Files that leave a
+            kernel wait there, without a name: leave 16 GiB free (8 files of 2 GiB at the most).
         runtime_dir: where the unix sockets live: a short path that the kernels' users can traverse, outside state_dir.
-        homes_dir: where the users' homes are kept, encrypted; by default `state_dir/homes`.
+        homes_dir: where the users' homes are kept, encrypted; by default `state_dir` with `-homes` at its end. The kernel
+            service alone reaches it, and doesn't reach `state_dir`.
         platform: the hardware that proves this machine.
         trust: on real hardware, the trust file that says what a machine that wrote this audit log must have proven, at
             every start: this one, and all earlier ones.
@@ -156,7 +158,7 @@ class GuardConfig(Wire):
 
     @property
     def homes(self) -> Path:
-        return self.homes_dir or self.state_dir / "homes"
+        return self.homes_dir or Path(f"{self.state_dir}-homes")
 
     @property
     def control_socket(self) -> Path:
@@ -179,7 +181,7 @@ class GuardConfig(Wire):
                 f"{len(os.fsencode(longest))}.",
                 next_step="Set runtime_dir to a short path, for example /run/cloister.",
             )
-        for path in (self.state_dir, self.runtime_dir, self.homes):
+        for path in (self.state_dir, self.runtime_dir):
             if path.exists() and path.stat().st_mode & 0o002:
                 raise ConfigurationError(
                     f"{path} is open to every user of this machine.",
@@ -193,7 +195,6 @@ class GuardConfig(Wire):
                 (self.state_dir / "models", 0o700),
                 (self.runtime_dir, 0o711),
                 (self.runtime_dir / "g", 0o711),
-                (self.homes, 0o700),
             ):
                 path.mkdir(parents=True, exist_ok=True)
                 path.chmod(mode)

@@ -60,6 +60,7 @@ from cloister_guard.requests import Requests
 from cloister_guard.restore import read_copy
 from cloister_guard.staples import Staples
 from cloister_guard.starts import Vouching
+from cloister_guard.transfers import Transfers
 from cloister_guard.uploads import UPLOADS_AT_ONCE, UploadReader
 from cloister_guard.witness import WitnessDesk
 from cloister_guard.worker.process import WorkerLimits
@@ -147,6 +148,7 @@ class Guard:
         )
         self.kernels = Kernels(config.service_socket)
         self.kernel_log = KernelLog(self.charging, self.journal)
+        self.transfers = Transfers(self.kernels, self.charging, self.journal, config.state_dir)
         self.metrics = Metrics(VERSION, config.platform)
         self.login_slots = asyncio.Semaphore(LOGINS_AT_ONCE)
         # Threads of their own: whoever floods a slow device with questions keeps the rest of the guard its threads.

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+from pydantic import ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from cloister_data.base import Wire
@@ -16,15 +19,19 @@ from cloister_data.kernels import (
     KernelAnswer,
     KernelAttach,
     KernelFigures,
+    KernelGet,
     KernelLaunch,
     KernelList,
     KernelMeet,
+    KernelPut,
     KernelQuery,
+    KernelRuntime,
     KernelSignal,
     KernelStart,
     KernelView,
     KernelWipe,
 )
+from cloister_data.transfers import MAX_TRANSFER_FRAME, TransferRequest, TransferTerms
 from cloister_guard.identity import Caller
 
 ORDER_SECONDS = 60.0
@@ -69,7 +76,7 @@ class Kernels:
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         try:
-            return await asyncio.open_unix_connection(self._socket)
+            return await asyncio.open_unix_connection(self._socket, limit=MAX_CHANNEL_FRAME)
         except OSError as error:
             raise UnavailableError(
                 "The kernel service doesn't answer.",
@@ -86,12 +93,21 @@ class Kernels:
 
     async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, order: Wire) -> KernelAnswer:
         writer.write(pack_frame(order.to_json()))
-        try:
+        return await self._read_answer(reader, writer)
+
+    async def _read_answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> KernelAnswer:
+        async with _broken_off():
             await writer.drain()
             async with asyncio.timeout(ORDER_SECONDS):
-                answer = KernelAnswer.from_json(await read_frame(reader, MAX_JSON_FRAME))
-        except (OSError, EOFError, TimeoutError) as error:
-            raise UnavailableError("The kernel service broke off.", next_step="Try again.") from error
+                frame = await read_frame(reader, MAX_JSON_FRAME)
+        try:
+            answer = KernelAnswer.from_json(frame)
+        except ValidationError as error:
+            raise UnavailableError(
+                "The kernel service gave an answer that can't be read.",
+                why="It may be of another version.",
+                next_step="Restart the kernel service.",
+            ) from error
         if answer.problem is not None:
             raise from_problem(answer.problem)
         return answer
@@ -116,6 +132,64 @@ class Kernels:
         """`op` is interrupt, end or state."""
         await self._own(caller, kernel)
         return _view(await self._order(KernelSignal.model_validate({"op": op, "kernel": kernel})))
+
+    async def runtime(self, caller: Caller, kernel: str) -> TransferTerms:
+        """What the kernel runs on, as its service says; the kernel itself isn't asked."""
+        await self._own(caller, kernel)
+        answer = await self._order(KernelRuntime())
+        if answer.runtime is None:
+            raise _unusable()
+        return answer.runtime
+
+    async def put(
+        self,
+        caller: Caller,
+        request: TransferRequest,
+        size: int,
+        chunks: AsyncIterator[bytes],
+        before: Callable[[], Awaitable[None]],
+    ) -> None:
+        """Hand a file of `size` bytes to the kernel's home; `before` is awaited when all have come, before it shows.
+
+        Where anything raises, `before` too, nothing of the file remains there.
+        """
+        await self._own(caller, request.kernel)
+        reader, writer = await self._connect()
+        try:
+            await self._ask(reader, writer, KernelPut(kernel=request.kernel, path=request.path, size=size))
+            async with _broken_off():
+                async for chunk in chunks:
+                    for at in range(0, len(chunk), MAX_TRANSFER_FRAME):
+                        writer.write(pack_frame(chunk[at : at + MAX_TRANSFER_FRAME]))
+                    await writer.drain()
+            await before()
+            writer.write(pack_frame(b""))
+            await self._read_answer(reader, writer)
+        finally:
+            writer.close()
+
+    @asynccontextmanager
+    async def get(self, caller: Caller, request: TransferRequest) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
+        """(size, the bytes) of a file in the kernel's home. Where they end early, UnavailableError."""
+        await self._own(caller, request.kernel)
+        reader, writer = await self._connect()
+
+        async def chunks(left: int) -> AsyncIterator[bytes]:
+            while left > 0:
+                async with _broken_off(), asyncio.timeout(ORDER_SECONDS):
+                    chunk = await read_frame(reader, min(left, MAX_TRANSFER_FRAME))
+                    left -= len(chunk)
+                if not chunk:
+                    raise _unusable()
+                yield chunk
+
+        try:
+            answer = await self._ask(reader, writer, KernelGet(kernel=request.kernel, path=request.path))
+            if answer.size is None:
+                raise _unusable()
+            yield answer.size, chunks(answer.size)
+        finally:
+            writer.close()
 
     async def splice(self, caller: Caller, kernel: str, websocket: WebSocket) -> None:
         """Carry the kernel's frames between the laptop and the service, unread, until either side ends."""
@@ -157,7 +231,19 @@ async def _to_laptop(websocket: WebSocket, reader: asyncio.StreamReader) -> None
             await websocket.send_bytes(await read_frame(reader, MAX_CHANNEL_FRAME))
 
 
+@asynccontextmanager
+async def _broken_off() -> AsyncIterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, TimeoutError) as error:
+        raise UnavailableError("The kernel service broke off.", next_step="Try again.") from error
+
+
 def _view(answer: KernelAnswer) -> KernelView:
     if answer.kernel is None:
-        raise UnavailableError("The kernel service gave an answer that can't be used.")
+        raise _unusable()
     return answer.kernel
+
+
+def _unusable() -> UnavailableError:
+    return UnavailableError("The kernel service gave an answer that can't be used.")

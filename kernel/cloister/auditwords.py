@@ -114,6 +114,12 @@ def _counted(facts: dict[str, Any], say: Say) -> str:
     return f"evidence shown {facts['evidence']} times; refused: {', '.join(refused) or 'nothing'}"
 
 
+def _transferred(facts: dict[str, Any], say: Say) -> str:
+    way = "to" if facts["direction"] == "put" else "from"
+    where = f"file {say(facts['file'])} {way} kernel {say(facts['kernel'])}"
+    return f"{where}, {facts['size']} bytes, SHA-256 {facts['content']}"
+
+
 _LOCKED = {"silent": "the witness is silent", "terms": "the owner named another witness"}
 
 _SENTENCES: dict[str, Callable[[dict[str, Any], Say], str]] = {
@@ -121,6 +127,7 @@ _SENTENCES: dict[str, Callable[[dict[str, Any], Say], str]] = {
     "user-created": lambda facts, say: f"new user, {facts['role']}",
     "login": lambda facts, say: "signed in",
     "kernel": lambda facts, say: f"kernel {say(facts['kernel'])} started, kept apart by: {facts['sandbox']}",
+    "transfer": _transferred,
     "refused": lambda facts, say: f"a request was refused by the {facts['code'].removesuffix('-refused')}",
     "counted": _counted,
     "owner-terms": lambda facts, say: f"terms version {facts['version']}: witness {facts['witness'][:8]}…",

@@ -91,14 +91,7 @@ class Transport:
         if receive is None:
             raise TypeError("call() needs the message to receive; raw() takes any answer")
         content = self.raw(method, path, send, content_type, limit=MAX_ANSWER, timeout=timeout)
-        try:
-            return receive.from_json(content)
-        except ValidationError as error:
-            raise CloisterError(
-                f"The cloister's answer to {method} {path} can't be read.",
-                why=f"It isn't a {receive.__name__} that this version knows ({error.error_count()} faults).",
-                next_step="Update the client to the cloister's version: pip install -U cloister.",
-            ) from error
+        return _parsed(content, receive, f"{method} {path}")
 
     def raw(
         self,
@@ -124,6 +117,36 @@ class Transport:
             if response.is_success:
                 return _read(response, limit)
             raise _refusal(response, _read(response, MAX_PROBLEM))
+
+    def upload(self, path: str, chunks: Iterable[bytes], size: int, receive: type[W]) -> W:
+        """PUT a body of `size` bytes as it comes, answered by the message `receive`. Raises as `call` does."""
+        headers = {"accept": f"{_JSON}, application/problem+json", "accept-encoding": "identity"}
+        headers |= {"content-type": "application/octet-stream", "content-length": str(size)}
+        with (
+            self._reachable(),
+            self.client.stream(
+                "PUT", _route(path), content=chunks, headers=headers, follow_redirects=False
+            ) as response,
+        ):
+            content = _read(response, MAX_PROBLEM)
+            if not response.is_success:
+                raise _refusal(response, content)
+        return _parsed(content, receive, f"PUT {path}")
+
+    @contextmanager
+    def download(self, path: str, limit: int) -> Iterator[tuple[int, Iterator[bytes]]]:
+        """(size, the bytes as they come) of a GET. Raises as `call` does, TooLargeError above `limit` bytes."""
+        headers = {"accept": "application/octet-stream, application/problem+json", "accept-encoding": "identity"}
+        with (
+            self._reachable(),
+            self.client.stream("GET", _route(path), headers=headers, follow_redirects=False) as response,
+        ):
+            if not response.is_success:
+                raise _refusal(response, _read(response, MAX_PROBLEM))
+            length = response.headers.get("content-length", "")
+            if not length.isdecimal() or int(length[:16]) > limit:
+                raise TooLargeError(f"The cloister's answer has more than {limit} bytes, or doesn't say how many.")
+            yield int(length), _exactly(_parts(response), int(length))
 
     def events(self, last_id: str | None = None) -> Iterator[Event]:
         """The events after `last_id`, as they happen, until the stream ends or breaks (UnreachableError).
@@ -248,6 +271,28 @@ def _parts(response: httpx.Response) -> Iterator[bytes]:
             next_step="Check the address; a proxy in between also has this effect.",
         )
     return response.iter_bytes()
+
+
+def _parsed(content: bytes, receive: type[W], what: str) -> W:
+    try:
+        return receive.from_json(content)
+    except ValidationError as error:
+        raise CloisterError(
+            f"The cloister's answer to {what} can't be read.",
+            why=f"It isn't a {receive.__name__} that this version knows ({error.error_count()} faults).",
+            next_step="Update the client to the cloister's version: pip install -U cloister.",
+        ) from error
+
+
+def _exactly(parts: Iterator[bytes], size: int) -> Iterator[bytes]:
+    """Raises UnreachableError where more or less than `size` bytes come."""
+    for part in parts:
+        size -= len(part)
+        if size < 0:
+            break
+        yield part
+    if size:
+        raise UnreachableError("The cloister's answer isn't as long as it said.", next_step="Try again.")
 
 
 def _read(response: httpx.Response, limit: int) -> bytes:

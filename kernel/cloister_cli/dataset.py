@@ -63,7 +63,8 @@ def upload(
     the others nothing. It says in public how many people each part has.
 
     The policy (TOML) has population_limit (epsilon, delta), release_delta, epsilon_cap,
-    operations, platforms, minimum_sandbox, expires (a date or "never"), and in a table
+    operations, platforms, minimum_sandbox, transfers ("allowed" or "forbidden": files between
+    laptops and kernels), expires (a date or "never"), and in a table
     \\[users] a limit for each user. Both are checked here before anything is sent; the policy
     is signed with your own key, which stays on this computer.
     """

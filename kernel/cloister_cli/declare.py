@@ -20,6 +20,7 @@ A policy file (`dataset` and `version` are filled in):
     operations = ["count", "sum", "mean", "train", "evaluate"]
     platforms = ["sev-snp", "tdx"]                         # where the data may be used
     minimum_sandbox = "user"                               # none, user, confined
+    transfers = "forbidden"                                # or "allowed": files between laptop and kernel
     expires = 2027-01-01                                   # or "never"
 
     [users]
@@ -93,6 +94,7 @@ def policy_toml(policy: Policy) -> str:
         f"operations = [{', '.join(_quoted(each) for each in policy.operations)}]",
         f"platforms = [{', '.join(_quoted(each) for each in policy.platforms)}]",
         f"minimum_sandbox = {_quoted(policy.minimum_sandbox)}",
+        f"transfers = {_quoted(policy.transfers)}",
         f"expires = {stamp}",
         f"suspended = {str(policy.suspended).lower()}",
         f"suspended_users = [{', '.join(_quoted(each) for each in policy.suspended_users)}]",

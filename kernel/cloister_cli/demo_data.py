@@ -102,6 +102,7 @@ epsilon_cap = 3.0                                      # the largest single requ
 operations = ["count", "sum", "mean", "train", "evaluate"]
 platforms = ["simulated"]                              # a real owner would list sev-snp and tdx only
 minimum_sandbox = "{sandbox}"
+transfers = "allowed"                                  # files between laptops and kernels
 expires = "never"
 
 [users]

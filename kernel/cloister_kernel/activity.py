@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable
 
-from cloister_kernel.overflow import MAX_HEADER_BYTES
+from cloister_kernel.merging import MAX_HEADER_BYTES
 from cloister_kernel.signing import DELIMITER
 
 MAX_CELLS = 64

@@ -8,6 +8,7 @@ stays here; it is checked on what comes in and put on what goes out.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import hmac
 import logging
@@ -34,14 +35,24 @@ from cloister_data.errors import (
 )
 from cloister_data.framing import Channel, ChannelFrame, FrameKind
 from cloister_kernel.endings import read_exit
+from cloister_kernel.errands import CarryOut, Errands
+from cloister_kernel.holdings import Holdings
 from cloister_kernel.link import LINK_ID_BYTES, Link
+from cloister_kernel.merging import message_type
 from cloister_kernel.notices import Notices, shuts_down
 from cloister_kernel.pump import carry
 from cloister_kernel.signing import DELIMITER, with_signature, without_signature
+from cloister_kernel.waking import woken
 
 FIRST_RETRY_SECONDS = 0.2
 LAST_RETRY_SECONDS = 5.0
 HELLO_SECONDS = 20.0
+LISTENER_SECONDS = 10.0
+COPIED_BYTES = 64 << 10
+LAPTOP_BYTES = 1 << 30
+"""What waits here for the network, or comes in, at most: above, the notebook's next message waits outside."""
+FULL_SECONDS = 0.1
+"""How often the bridge looks whether what waits for the network has become less."""
 WAITING = "The kernel runs on there; what you run here stays here until the machine is proven again."
 PROVEN = "Cloister: the machine is proven again; the kernel goes on."
 ENDED = "Cloister: the kernel has ended, and its variables are gone."
@@ -105,10 +116,21 @@ class Bridge:
         exit_code: None while the kernel lives, as far as the bridge knows; it stays None during an outage.
         connected: whether the remote end is reached at the moment.
         asked_to_end: whether the user, or their Jupyter, wants the kernel to end: then the notebook isn't told why.
+        adopting: the kernel runs already, and its output waits a moment for somebody who listens.
         doubt: why the machine doesn't count as proven, for people; None while it does. The notebook is told.
     """
 
-    def __init__(self, address: LocalAddress, connect: Connect, log: logging.Logger | None = None) -> None:
+    def __init__(
+        self,
+        address: LocalAddress,
+        connect: Connect,
+        log: logging.Logger | None = None,
+        carry_out: CarryOut | None = None,
+        *,
+        adopting: bool = False,
+    ) -> None:
+        """`carry_out` does what the notebook's lines for the laptop say; without it they all go to the kernel."""
+        self.adopting = adopting
         self.exit_code: int | None = None
         self.connected = False
         self.asked_to_end = False
@@ -126,6 +148,8 @@ class Bridge:
         self._sockets: dict[Channel, zmq.asyncio.Socket] = {}
         self._notices = Notices()
         self._told = ""
+        self._heard = asyncio.Event()  # somebody listens to the kernel's output
+        self._errands = Errands(carry_out, self._show)
 
     def start(self, timeout: float = 60.0) -> None:
         """Bind the local sockets and reach the kernel for the first time. Raises what prevents either."""
@@ -155,6 +179,20 @@ class Bridge:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._over.set)
 
+    def cancel_errand(self) -> bool:
+        """Interrupt what the laptop does for a cell. True where it was doing it: the kernel is idle then."""
+        loop = self._loop
+        if loop is None or not self._thread.is_alive():
+            return False
+
+        async def cancel() -> bool:
+            return self._errands.cancel()
+
+        try:
+            return asyncio.run_coroutine_threadsafe(cancel(), loop).result(timeout=1)
+        except (RuntimeError, TimeoutError, concurrent.futures.CancelledError):  # it is ending
+            return False
+
     def wait(self, timeout: float | None = None) -> int | None:
         self._ended.wait(timeout)
         return self.exit_code
@@ -175,14 +213,14 @@ class Bridge:
     async def _serve(self) -> None:
         self._main = asyncio.current_task()
         context = zmq.asyncio.Context()
-        link = Link(secrets.token_bytes(LINK_ID_BYTES))
+        link = Link(secrets.token_bytes(LINK_ID_BYTES), Holdings(LAPTOP_BYTES, LAPTOP_BYTES).holding())
         tasks = []
         try:
             self._bind(context)
             heart = context.socket(zmq.ROUTER)
             heart.linger = 0
             heart.bind(self._address.endpoint("hb_port"))
-            tasks = [asyncio.create_task(_echo(heart)), asyncio.create_task(_drain(self._sockets[Channel.IOPUB]))]
+            tasks = [asyncio.create_task(_echo(heart)), asyncio.create_task(self._listeners())]
             tasks += [
                 asyncio.create_task(self._read(channel, link))
                 for channel in (Channel.SHELL, Channel.STDIN, Channel.CONTROL)
@@ -227,7 +265,8 @@ class Bridge:
     async def _read(self, channel: Channel, link: Link) -> None:
         socket = self._sockets[channel]
         while True:
-            await link.room.wait()
+            while link.holding.over:  # noqa: ASYNC110 - it is over while the network is
+                await asyncio.sleep(FULL_SECONDS)
             parts = await socket.recv_multipart()
             if not self._authentic(parts):
                 self._log.warning("A local message without a valid signature was dropped.")
@@ -236,6 +275,10 @@ class Bridge:
             if message is None:
                 self._log.error("A message too large for the kernel's channel was dropped.")
                 continue
+            if channel is Channel.SHELL:
+                message = await self._errands.in_turn(message)
+            elif channel is Channel.CONTROL and message_type(message) == "interrupt_request":
+                self._errands.cancel()
             link.post(channel, message)
             self.asked_to_end |= channel is not Channel.STDIN and shuts_down(message)
             if channel is Channel.SHELL and self._notices.asked(message) and self.doubt is not None:
@@ -248,6 +291,20 @@ class Bridge:
         mark = parts.index(DELIMITER)
         return hmac.compare_digest(signed[mark + 1], parts[mark + 1])
 
+    async def _listeners(self) -> None:
+        """Subscriptions need no answer, but have to be read."""
+        while True:
+            if (await self._sockets[Channel.IOPUB].recv_multipart())[0][:1] == b"\x01":
+                self._heard.set()
+
+    async def _await_listener(self) -> None:
+        """What a kernel printed while no local server was there would be lost on a socket that nobody has found yet."""
+        if self.adopting:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LISTENER_SECONDS):
+                    await self._heard.wait()
+            self.adopting = False
+
     async def _deliver(self, frame: ChannelFrame) -> None:
         if frame.kind is FrameKind.EXIT:
             try:
@@ -256,11 +313,15 @@ class Bridge:
                 code, reason = LOST_KERNEL, ""
             await self._end(code, reason)
             return
+        await self._await_listener()
         if frame.channel is Channel.SHELL:
             self._notices.answered(frame.parts)
+            self._errands.answered(frame.parts)
         message = with_signature(frame.parts, self._address.key)
         if message is not None:
-            await self._sockets[frame.channel].send_multipart(message)
+            # Large ones aren't copied into ZeroMQ's own memory.
+            copy = sum(map(len, message)) < COPIED_BYTES
+            await self._sockets[frame.channel].send_multipart(message, copy=copy)
 
     async def _tell(self, notices: list[tuple[bytes, ...]]) -> None:
         for parts in notices:
@@ -274,6 +335,9 @@ class Bridge:
             self._log.error("%s %s", ENDED, reason)
             await self._tell(self._notices.to_one(f"{ENDED} {reason}".rstrip()))
         self.set_exit_code(code)
+
+    async def _show(self, cell: bytes, text: str) -> None:
+        await self._tell([self._notices.progress(cell, text)])
 
     async def _note_doubt(self, error: Exception) -> None:
         """Tell the notebook and the log where it isn't the network that is in the way, but the machine's proof."""
@@ -332,17 +396,17 @@ class Bridge:
         self.connected = True
         self._ready.set()
         await self._note_proof()
-        over = asyncio.create_task(self._over.wait())
+        over, woke = asyncio.create_task(self._over.wait()), asyncio.create_task(woken())
         carrier = asyncio.create_task(carry(link, connection.send, incoming, self._deliver))
         try:
-            await asyncio.wait({over, carrier}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({over, carrier, woke}, return_when=asyncio.FIRST_COMPLETED)
             if over.done() and not carrier.done():
                 # Let the service know that EXIT has arrived; it may then forget the kernel.
                 await connection.send(link.acknowledgement().pack())
         finally:
             ended = over.done()
-            over.cancel()
-            carrier.cancel()
+            for task in (over, carrier, woke):
+                task.cancel()
             results = await asyncio.gather(carrier, return_exceptions=True)
         if isinstance(results[0], Exception) and not ended:
             raise results[0]
@@ -352,12 +416,6 @@ async def _echo(socket: zmq.asyncio.Socket) -> None:
     """The heartbeat: this process lives, whatever the network does."""
     while True:
         await socket.send_multipart(await socket.recv_multipart())
-
-
-async def _drain(socket: zmq.asyncio.Socket) -> None:
-    """Subscriptions need no answer, but have to be read."""
-    while True:
-        await socket.recv_multipart()
 
 
 def _selector_loop() -> asyncio.AbstractEventLoop:

@@ -1,7 +1,8 @@
 """Where the guard gives the kernel service its orders: one connection for each, as `docs/protocol.md` says.
 
 Each begins with one frame, a KernelOrder, answered by one frame, a KernelAnswer. After "attach" the same connection
-carries the kernel's channel frames both ways. The guard has decided whose kernel it is before it asks.
+carries the kernel's channel frames both ways, after "put" and "get" a file's bytes. The guard has decided whose kernel
+it is before it asks.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import socket
 import struct
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -18,22 +20,24 @@ from cloister_data.errors import CloisterError, InternalError, InvalidRequestErr
 from cloister_data.kernels import (
     KernelAnswer,
     KernelAttach,
+    KernelGet,
     KernelMeet,
     KernelOrder,
+    KernelPut,
     KernelQuery,
+    KernelRuntime,
     KernelSignal,
     KernelStart,
     KernelWipe,
 )
+from cloister_kernel import transfers
 from cloister_kernel.frames import channel_frames, read_frame, write_frame
 from cloister_kernel.journal import log
 from cloister_kernel.kernels import Kernel, KernelService
 
 ORDER_SECONDS = 10.0
 
-_ORDER: TypeAdapter[KernelStart | KernelSignal | KernelAttach | KernelQuery | KernelWipe | KernelMeet] = TypeAdapter(
-    KernelOrder
-)
+_ORDER: TypeAdapter[Any] = TypeAdapter(KernelOrder)
 
 
 class Door:
@@ -63,6 +67,7 @@ class Door:
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Kernel | None:
         attached: Kernel | None = None
+        answer: KernelAnswer | None
         try:
             async with asyncio.timeout(ORDER_SECONDS):
                 frame = await read_frame(reader)
@@ -78,11 +83,22 @@ class Door:
                     answer = KernelAnswer(kernels=await self._service.wipe(order))
                 case KernelMeet():
                     answer = KernelAnswer(figures=await self._service.meet(order))
+                case KernelPut():
+                    kernel = self._service.find_running(order.kernel)
+                    ready = KernelAnswer(kernel=kernel.view())
+                    await transfers.put(await self._service.home_of(kernel, "put"), order, reader, writer, ready)
+                    answer = KernelAnswer(kernel=kernel.view())
+                case KernelGet():
+                    kernel = self._service.find_running(order.kernel)
+                    await transfers.get(await self._service.home_of(kernel, "get"), order, writer)
+                    answer = None  # the file's bytes were it
+                case KernelRuntime():
+                    answer = KernelAnswer(runtime=transfers.runtime())
                 case KernelAttach():
                     attached = self._service.find(order.kernel)
                     answer = KernelAnswer(kernel=attached.view())
-        except asyncio.IncompleteReadError:
-            raise  # somebody looked whether the door is open
+        except (asyncio.IncompleteReadError, ConnectionError, TimeoutError):
+            raise  # also of somebody who only looked whether the door is open
         except ValidationError:
             answer = KernelAnswer(problem=InvalidRequestError("The kernel service can't read this order.").to_problem())
         except CloisterError as error:
@@ -91,7 +107,8 @@ class Door:
             log("order failed", error=type(error).__name__)
             problem = InternalError("The kernel service failed.", next_step="Look into its log.").to_problem()
             answer = KernelAnswer(problem=problem)
-        await write_frame(writer, answer.to_json())
+        if answer is not None:
+            await write_frame(writer, answer.to_json())
         return attached
 
 

@@ -70,12 +70,13 @@ def _signal(code: int) -> int | None:
 
 
 def in_words(seconds: float) -> str:
-    """A duration for people, in its largest whole unit: "24 hours", "10 minutes", "90 seconds"."""
-    whole = round(seconds)
+    """A duration for people: "24 hours", "23 hours 50 minutes", "1 minute 30 seconds"."""
+    left, words = round(seconds), []
     for size, unit in ((3600, "hour"), (60, "minute"), (1, "second")):
-        if whole % size == 0 and whole >= size:
-            return f"{whole // size} {unit}{'s' if whole != size else ''}"
-    return "no time"
+        count, left = divmod(left, size)
+        if count:
+            words.append(f"{count} {unit}{'s' if count != 1 else ''}")
+    return " ".join(words[:2]) or "no time"
 
 
 def exit_parts(code: int, text: str) -> tuple[bytes, bytes]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-from cloister_data.framing import MAX_CHANNEL_FRAME, MAX_JSON_FRAME, frame_length, pack_frame
+from cloister_data.framing import MAX_CHANNEL_FRAME, MAX_JSON_FRAME, frame_length, frame_prefix, pack_frame
+
+SMALL_BYTES = 16 << 10
 
 
 async def read_frame(reader: asyncio.StreamReader, limit: int = MAX_JSON_FRAME) -> bytes:
@@ -14,7 +16,11 @@ async def read_frame(reader: asyncio.StreamReader, limit: int = MAX_JSON_FRAME) 
 
 
 async def write_frame(writer: asyncio.StreamWriter, payload: bytes) -> None:
-    writer.write(pack_frame(payload))
+    if len(payload) < SMALL_BYTES:
+        writer.write(pack_frame(payload))
+    else:  # not copied once more
+        writer.write(frame_prefix(payload))
+        writer.write(payload)
     await writer.drain()
 
 

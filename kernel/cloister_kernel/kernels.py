@@ -10,8 +10,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import zmq.asyncio
-
 from cloister_data.errors import CloisterError, ConflictError, ForbiddenError, NotFoundError
 from cloister_data.kernels import (
     EndingKind,
@@ -27,12 +25,13 @@ from cloister_data.kernels import (
 )
 from cloister_kernel.control import ControlClient
 from cloister_kernel.endings import Periods, ending
+from cloister_kernel.holdings import Holdings
 from cloister_kernel.idling import IdleRule
 from cloister_kernel.journal import log
 from cloister_kernel.limits import ABANDONED_SECONDS, Limits
 from cloister_kernel.pool import Pool
 from cloister_kernel.relay import KernelRelay
-from cloister_kernel.spawner import Spawner, Started
+from cloister_kernel.spawner import HomeOperation, HomeProcess, Spawner, Started
 from cloister_kernel.usage import Memory, ProcessMemory
 
 REMEMBER_SECONDS = 600.0
@@ -126,7 +125,7 @@ class KernelService:
         self._ended: Counter[EndingKind] = Counter()
         self._guard: str | None = None
         self._guard_at = time.monotonic()
-        self._context = zmq.asyncio.Context()
+        self._holdings = Holdings()
 
     async def start(self, order: KernelStart) -> KernelView:
         """Raises TooManyRequestsError at a limit, or what the spawner or the guard raises."""
@@ -171,7 +170,7 @@ class KernelService:
             with contextlib.suppress(CloisterError):
                 await self._control.end(identifier)
             raise
-        relay = KernelRelay(self._context, started.paths, started.key)
+        relay = KernelRelay(self._holdings, started.paths, started.key)
         kernel = Kernel(order.user, started, relay, int(time.time()), guard, asyncio.Event(), seen_at=time.monotonic())
         self._kernels[identifier] = kernel
         self._started += 1
@@ -184,7 +183,8 @@ class KernelService:
         identifier = kernel.started.kernel
         code = self._spawner.exit_code(await kernel.started.process.wait())
         memory = await asyncio.to_thread(self._memory.exceeded, kernel.started)
-        why = ending(code, kernel.cause, self._rules.periods, memory)
+        cause = kernel.cause or ("asked" if kernel.relay.asked_to_end else None)
+        why = ending(code, cause, self._rules.periods, memory)
         try:
             await self._spawner.end(kernel.started)
         except Exception as error:
@@ -194,7 +194,8 @@ class KernelService:
             await self._control.end(identifier)
         except CloisterError as error:
             log("guard not told", kernel=identifier, error=error.code)
-            remove_socket(Path(kernel.started.guard_socket))
+        # A guard that is away, or hasn't met this kernel yet, leaves it.
+        remove_socket(Path(kernel.started.guard_socket))
         await kernel.relay.finish(code, why.text)
         kernel.exit_code, kernel.ended_at = code, time.monotonic()
         self._ended[why.kind] += 1
@@ -218,6 +219,17 @@ class KernelService:
         if kernel is None:
             raise NotFoundError("There is no such kernel.", next_step="Start another one.")
         return kernel
+
+    def find_running(self, identifier: str) -> Kernel:
+        """One whose home is still there. Raises NotFoundError."""
+        kernel = self.find(identifier)
+        if kernel.exit_code is not None or kernel.started.process.returncode is not None:
+            raise NotFoundError("The kernel has ended, and its home is gone.", next_step="Start another one.")
+        return kernel
+
+    async def home_of(self, kernel: Kernel, operation: HomeOperation) -> HomeProcess:
+        """`homefiles.py` at work in the kernel's home."""
+        return await self._spawner.home_process(kernel.started, operation)
 
     async def signal(self, order: KernelSignal) -> KernelView:
         kernel = self.find(order.kernel)
@@ -328,11 +340,10 @@ class KernelService:
         if self._saving is not None:
             await self._saving
         await self._spawner.close()
-        self._context.destroy(linger=0)
 
 
 def remove_socket(path: Path) -> None:
-    """A kernel's guard socket and the directory of its own, where no guard is there to do it."""
+    """A dead kernel's guard socket, and the directory of its own."""
     with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)
         path.parent.rmdir()

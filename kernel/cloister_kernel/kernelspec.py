@@ -25,7 +25,7 @@ def kernelspec(profile: str, display_name: str) -> dict[str, Any]:
         "argv": [sys.executable, "-m", "cloister_kernel.proxy", "--profile", profile, "-f", "{connection_file}"],
         "env": {},
         "metadata": {
-            "debugger": True,
+            "debugger": False,
             "kernel_provisioner": {"provisioner_name": PROVISIONER, "config": {"profile": profile}},
         },
     }

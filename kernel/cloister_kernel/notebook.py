@@ -7,9 +7,11 @@ no internet sockets either, so what ipykernel does over TCP on loopback goes ove
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -18,6 +20,8 @@ import zmq
 from ipykernel.iostream import IOPubThread
 from ipykernel.kernelapp import IPKernelApp
 from zmq.eventloop.zmqstream import ZMQStream
+
+import cloister.magics
 
 
 class OutputThread(IOPubThread):
@@ -44,19 +48,23 @@ class OutputThread(IOPubThread):
         return context, pipe
 
 
-PACKAGES = ".cloister/packages"
-"""Where `%cloister pip install` puts packages, below the home."""
-
-
 class NotebookApp(IPKernelApp):
     """ipykernel's application with inherited sockets and without a heartbeat: the spawner watches the process."""
 
     name = "cloister-kernel"
 
     def _try_bind_socket(self, s: zmq.Socket[Any], port: int) -> int:
+        # By default ZeroMQ forgets, without a word, what comes faster than it is fetched. The kernel service fetches
+        # everything and bounds it (`cloister_kernel.holdings`); what waits here is the kernel's own memory.
+        s.set_hwm(0)
         s.setsockopt(zmq.USE_FD, port)
         s.bind(f"ipc://{self.ip}-{port}")
         return port
+
+    def init_extensions(self) -> None:
+        super().init_extensions()  # type: ignore[no-untyped-call]
+        if self.shell is not None:
+            cloister.magics.load(self.shell)
 
     def init_heartbeat(self) -> None:
         self.heartbeat = None
@@ -87,11 +95,15 @@ def run_for_user(connection_file: str, wait_for_user: Callable[[], dict[str, str
         # debugpy talks TCP. A kernel that offered it would leave every debugger waiting for an answer.
         ipykernel.debugger._is_debugpy_available = False
     app: Any = NotebookApp.instance()
-    app.initialize(["-f", connection_file])
+    try:
+        app.initialize(["-f", connection_file])
+    except BaseException:
+        traceback.print_exc()
+        os._exit(70)  # EX_SOFTWARE; its threads would keep it from ending
     os.environ.update(wait_for_user())
     os.chdir(os.environ["HOME"])
-    # Last, so that nothing in it can take the place of a package of the image.
-    sys.path.append(os.path.join(os.environ["HOME"], PACKAGES))
+    # The home has come since: what was looked for in it and not found may be there.
+    importlib.invalidate_caches()
     app.start()
     sys.exit(0)
 

@@ -11,9 +11,11 @@ from cloister_kernel.signing import DELIMITER
 MAX_WAITING = 64
 """Cells that a notice goes to; one that has more of them queued shows it in the first."""
 MAX_HEADER = 1 << 16
+MAX_PROGRESS = 78
+"""Characters of a line of progress."""
 
 
-def stream(parent: bytes, text: str, session: str) -> tuple[bytes, ...]:
+def stream(parent: bytes, text: str, session: str, name: str = "stderr", end: str = "\n") -> tuple[bytes, ...]:
     """A message that puts a line of text below the cell whose request has the header `parent`; `{}` is nobody's cell.
 
     It is the ZeroMQ parts of Jupyter's protocol (version 5) with an empty signature.
@@ -26,7 +28,7 @@ def stream(parent: bytes, text: str, session: str) -> tuple[bytes, ...]:
         "date": datetime.now(UTC).isoformat(),
         "version": "5.3",
     }
-    content = {"name": "stderr", "text": f"{text}\n"}
+    content = {"name": name, "text": text + end}
     return (b"stream", DELIMITER, b"", json.dumps(header).encode(), parent, b"{}", json.dumps(content).encode())
 
 
@@ -65,6 +67,12 @@ class Notices:
     def to_one(self, text: str) -> list[tuple[bytes, ...]]:
         """`text` for the cell that runs or waits first; where none does, for the one that was asked last."""
         return [self._stream(next(iter(self._waiting.values()), self._last), text)]
+
+    def progress(self, parent: bytes, text: str) -> tuple[bytes, ...]:
+        """`text` for the cell of the header `parent`, in the last one's place; one that ends in a line break stays."""
+        if text.endswith("\n"):
+            return self._stream(parent, f"\n{text.rstrip()}")
+        return stream(parent, f"\r{text[:MAX_PROGRESS].ljust(MAX_PROGRESS)}", self._session, "stdout", end="")
 
     def _stream(self, parent: bytes, text: str) -> tuple[bytes, ...]:
         return stream(parent, text, self._session)

@@ -1,4 +1,4 @@
-"""What is left out when a laptop has been away for so long that its kernel's output no longer fits.
+"""What is left out when a kernel's output no longer fits into what is held for a laptop that is away or slow.
 
 Outputs go; what a front end waits for (replies, status, errors) stays, and a note in the notebook says what is missing.
 """
@@ -9,50 +9,33 @@ import json
 import secrets
 from datetime import UTC, datetime
 
-from cloister_data.framing import Channel
+from cloister_kernel.merging import MAX_HEADER_BYTES
 from cloister_kernel.signing import DELIMITER
 
-OUTPUTS = frozenset({"stream", "display_data", "update_display_data", "execute_result", "comm_msg", "clear_output"})
-MAX_HEADER_BYTES = 64 << 10
-
-
-def message_type(message: tuple[bytes, ...]) -> str:
-    """The `msg_type` of a message's header; "" where it has none that can be read."""
-    header = message[message.index(DELIMITER) + 2]
-    if len(header) > MAX_HEADER_BYTES:
-        return ""
-    try:
-        found = json.loads(header)
-    except (ValueError, RecursionError):
-        return ""
-    kind = found.get("msg_type") if isinstance(found, dict) else None
-    return kind if isinstance(kind, str) else ""
+OUTPUTS = frozenset({"", "stream", "display_data", "update_display_data", "execute_result", "comm_msg", "clear_output"})
 
 
 class Overflow:
-    """Decides, message by message, what a full outbox still takes."""
+    """Counts what was left out."""
 
     def __init__(self) -> None:
         self.dropped = 0
         self._parent = b"{}"
 
-    def admit(self, channel: Channel, message: tuple[bytes, ...], full: bool) -> list[tuple[bytes, ...]]:
-        """The messages to post for `message`: none where it is left out; the note first where some were."""
-        if full and channel is Channel.IOPUB and message_type(message) in OUTPUTS | {""}:
-            self.drop(message)
-            return []
-        if self.dropped and channel is Channel.IOPUB:
-            note = _note(self.dropped, self._parent)
-            self.dropped = 0
-            return [note, message]
-        return [message]
+    def note(self) -> tuple[bytes, ...] | None:
+        """What the notebook has to be told before its kernel's next message; None where nothing was left out."""
+        if not self.dropped:
+            return None
+        note = _note(self.dropped, self._parent)
+        self.dropped = 0
+        return note
 
     def drop(self, message: tuple[bytes, ...] | list[bytes]) -> None:
         """Count a message that is left out, and remember which cell it belonged to."""
         self.dropped += 1
-        mark = message.index(DELIMITER)
-        if len(message[mark + 3]) <= MAX_HEADER_BYTES:
-            self._parent = message[mark + 3]
+        place = message.index(DELIMITER) + 3 if DELIMITER in message else len(message)
+        if place < len(message) and len(message[place]) <= MAX_HEADER_BYTES:
+            self._parent = message[place]
 
 
 def _note(count: int, parent: bytes) -> tuple[bytes, ...]:

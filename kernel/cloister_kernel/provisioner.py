@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jupyter_client.connect import LocalPortCache
@@ -14,6 +16,7 @@ from traitlets import Unicode
 
 from cloister_data.errors import CloisterError, ConfigurationError, NotFoundError
 from cloister_kernel.bridge import LOST_KERNEL, Bridge, LocalAddress
+from cloister_kernel.courier import Courier
 from cloister_kernel.remote import RemoteKernel
 
 POLL_SECONDS = 0.05
@@ -36,6 +39,7 @@ class CloisterProvisioner(KernelProvisionerBase):
         self._bridge: Bridge | None = None
         self._exit_code: int | None = None
         self._launched = False
+        self._directory: Path | None = None  # the notebook's, as far as Jupyter says
 
     @property
     def has_process(self) -> bool:
@@ -73,7 +77,8 @@ class CloisterProvisioner(KernelProvisionerBase):
             )
         address = LocalAddress.from_connection_info(self.connection_info)
         remote = RemoteKernel(self.profile)
-        bridge = Bridge(address, remote.connect, self.log)
+        self._directory = Path(os.path.join(os.getcwd(), kwargs.get("cwd") or ""))
+        bridge = Bridge(address, remote.connect, self.log, Courier(remote, self._directory).carry_out)
         try:
             await asyncio.to_thread(remote.start, kwargs.get("env"))
             await asyncio.to_thread(bridge.start)
@@ -99,8 +104,10 @@ class CloisterProvisioner(KernelProvisionerBase):
     async def send_signal(self, signum: int) -> None:
         """SIGINT interrupts the running cell, SIGKILL and SIGTERM end the kernel; other signals don't travel."""
         if signum == signal.SIGINT:
-            if self._remote is not None and await self.poll() is None:
+            if self._remote is not None and self._bridge is not None and await self.poll() is None:
                 try:
+                    if await asyncio.to_thread(self._bridge.cancel_errand):
+                        return
                     await asyncio.to_thread(self._remote.interrupt)
                 except NotFoundError:
                     pass
@@ -149,6 +156,7 @@ class CloisterProvisioner(KernelProvisionerBase):
         if self._remote is not None and self._remote.view is not None:
             info["cloister_kernel"] = self._remote.identifier
             info["cloister_profile"] = self.profile
+            info["cloister_directory"] = str(self._directory) if self._directory else None
         return info
 
     async def load_provisioner_info(self, provisioner_info: dict[str, Any]) -> None:
@@ -159,7 +167,11 @@ class CloisterProvisioner(KernelProvisionerBase):
             return
         self.profile = provisioner_info["cloister_profile"]
         remote = RemoteKernel(self.profile)
-        bridge = Bridge(LocalAddress.from_connection_info(self.connection_info), remote.connect, self.log)
+        directory = provisioner_info.get("cloister_directory")
+        self._directory = Path(directory) if directory else None
+        address = LocalAddress.from_connection_info(self.connection_info)
+        carry_out = Courier(remote, self._directory).carry_out
+        bridge = Bridge(address, remote.connect, self.log, carry_out, adopting=True)
         try:
             await asyncio.to_thread(remote.adopt, str(identifier))
             await asyncio.to_thread(bridge.start)

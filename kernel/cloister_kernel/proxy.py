@@ -19,6 +19,7 @@ from types import FrameType
 
 from cloister_data.errors import CloisterError
 from cloister_kernel.bridge import Bridge, LocalAddress
+from cloister_kernel.courier import Courier
 from cloister_kernel.remote import RemoteKernel
 
 
@@ -26,7 +27,7 @@ def serve(profile: str, connection_file: Path) -> int:
     """Run one remote kernel to its end. Raises CloisterError where it can't be started."""
     address = LocalAddress.from_connection_info(json.loads(connection_file.read_text(encoding="utf-8")))
     remote = RemoteKernel(profile)
-    bridge = Bridge(address, remote.connect)
+    bridge = Bridge(address, remote.connect, carry_out=Courier(remote, Path.cwd()).carry_out)
     stop, interrupts = threading.Event(), threading.Semaphore(0)
 
     def on_interrupt(_number: int, _frame: FrameType | None) -> None:
@@ -42,7 +43,7 @@ def serve(profile: str, connection_file: Path) -> int:
         remote.start()
         bridge.start()
         while bridge.exit_code is None and not stop.is_set():
-            if interrupts.acquire(timeout=0.2) and not stop.is_set():
+            if interrupts.acquire(timeout=0.2) and not stop.is_set() and not bridge.cancel_errand():
                 with contextlib.suppress(CloisterError):
                     remote.interrupt()
     finally:

@@ -18,7 +18,7 @@ Deliver = Callable[[ChannelFrame], Awaitable[None]]
 async def carry(link: Link, send: Send, incoming: AsyncIterator[bytes], deliver: Deliver) -> None:
     """Both directions at once; the HELLO frames have been exchanged. Returns when `incoming` ends.
 
-    `deliver` gets each new DATA or EXIT frame once, in order. Raises what `send`, `incoming` or `deliver` raise, and
+    `deliver` gets each new message or EXIT once, in order. Raises what `send`, `incoming` or `deliver` raise, and
     InvalidRequestError for a frame that breaks the protocol: the caller closes the connection, nothing is lost.
     """
     writer = asyncio.create_task(_write(link, send))
@@ -36,8 +36,8 @@ async def carry(link: Link, send: Send, incoming: AsyncIterator[bytes], deliver:
 
 async def _read(link: Link, incoming: AsyncIterator[bytes], deliver: Deliver) -> None:
     async for data in incoming:
-        frame = ChannelFrame.unpack(data)
-        if link.accept(frame):
+        frame = link.accept(ChannelFrame.unpack(data))
+        if frame is not None:
             await deliver(frame)
 
 
@@ -49,12 +49,12 @@ async def _write(link: Link, send: Send) -> None:
             await send(frame.pack())
         elif link.owed >= ACK_EVERY_FRAMES:
             await send(link.acknowledgement().pack())
-        elif link.owed:
-            # A little patience: most acknowledgements ride on an answer.
+        else:
+            # A little patience: most acknowledgements ride on an answer, and a text's pieces may go together.
+            limits = [limit for limit in (link.patience, ACK_AFTER_SECONDS if link.owed else None) if limit is not None]
             try:
-                async with asyncio.timeout(ACK_AFTER_SECONDS):
+                async with asyncio.timeout(min(limits, default=None)):
                     await link.changed.wait()
             except TimeoutError:
-                await send(link.acknowledgement().pack())
-        else:
-            await link.changed.wait()
+                if link.owed and link.patience is None:
+                    await send(link.acknowledgement().pack())

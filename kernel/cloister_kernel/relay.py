@@ -12,73 +12,101 @@ import secrets
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-import zmq
-import zmq.asyncio
-
 from cloister_data.framing import Channel, ChannelFrame, FrameKind
 from cloister_kernel.activity import Activity
 from cloister_kernel.endings import exit_parts
+from cloister_kernel.holdings import Holdings
 from cloister_kernel.link import Link
-from cloister_kernel.notices import stream
-from cloister_kernel.overflow import Overflow
+from cloister_kernel.merging import message_type, piece, replaces
+from cloister_kernel.notices import shuts_down, stream
+from cloister_kernel.overflow import OUTPUTS, Overflow
 from cloister_kernel.pump import Send, carry
-from cloister_kernel.signing import DELIMITER, with_signature, without_signature
+from cloister_kernel.signing import with_signature, without_signature
+from cloister_kernel.zmtp import Received, ZmtpSocket
 
-QUIET_SECONDS = 0.1
 DRAIN_SECONDS = 3.0
+FULL_SECONDS = 0.05
+"""How often a kernel whose messages find no room any more is looked at again."""
+TURN_BYTES = 1 << 20
+TURN_MESSAGES = 64
+"""What one kernel may send before the others have their turn."""
+IDENTITY = b"cloister"
+"""One identity for shell, stdin and control, or the answer to input() finds no way back."""
 
 
 class KernelRelay:
-    """The relay of one kernel: it outlives the connections, and ends with the kernel's process."""
+    """The relay of one kernel: it outlives the connections, and ends with the kernel's process.
 
-    def __init__(self, context: zmq.asyncio.Context, paths: Mapping[Channel, str], key: bytes) -> None:
-        self.link = Link()
+    Attributes:
+        attached: whether a laptop is connected.
+        asked_to_end: whether a notebook told the kernel to end, as it does before a restart.
+        activity: whether the kernel is used.
+    """
+
+    def __init__(self, holdings: Holdings, paths: Mapping[Channel, str], key: bytes) -> None:
+        self.link = Link(holding=holdings.holding())
         self.attached = False
+        self.asked_to_end = False
         self.activity = Activity()
         self._session = secrets.token_hex(16)
         self._key = key
-        self._sockets: dict[Channel, zmq.asyncio.Socket] = {}
+        self._sockets: dict[Channel, asyncio.Task[ZmtpSocket]] = {}
         self._connection: asyncio.Task[Any] | None = None
         self._overflow = Overflow()
         self._exit: tuple[bytes, ...] | None = None
-        self._busy = 0  # counts what was read, for `finish`
-        # One identity for shell, stdin and control, or the answer to input() finds no way back.
-        identity = b"cloister"
         for channel, path in paths.items():
-            socket = context.socket(zmq.SUB if channel is Channel.IOPUB else zmq.DEALER)
-            socket.linger = 0
-            if channel is Channel.IOPUB:
-                socket.subscribe(b"")
-            else:
-                socket.setsockopt(zmq.IDENTITY, identity)
-            socket.connect(f"ipc://{path}")
-            self._sockets[channel] = socket
+            identity = None if channel is Channel.IOPUB else IDENTITY
+            self._sockets[channel] = asyncio.create_task(ZmtpSocket.connect(path, identity=identity))
         self._readers = [asyncio.create_task(self._read(channel)) for channel in self._sockets]
 
     async def _read(self, channel: Channel) -> None:
-        socket = self._sockets[channel]
-        while True:
-            await self.link.room.wait()
-            parts = await socket.recv_multipart()
-            self._busy += 1
-            message = without_signature(parts)
-            if message is None:
-                if parts.count(DELIMITER) == 1 and len(parts) > parts.index(DELIMITER) + 5:
-                    self._overflow.drop(parts)  # too large for one frame
-                continue
-            if channel is Channel.IOPUB:
-                self.activity.told(message)
-            for posted in self._overflow.admit(channel, message, self.link.full):
-                self.link.post(channel, posted)
+        """Until the kernel's end of the socket closes."""
+        holding = self.link.holding
+        messages = turn = 0
+        try:
+            socket = await self._sockets[channel]
+        except OSError:
+            return
+        async for received in socket.messages(holding.take, holding.give):
+            holding.give(received.taken)
+            self._post(channel, received)
+            messages += 1
+            turn += sum(map(len, received.parts))
+            if messages >= TURN_MESSAGES or turn >= TURN_BYTES:
+                messages = turn = 0
+                await asyncio.sleep(0)
+            while holding.over:  # noqa: ASYNC110 - room comes from other kernels, too
+                await asyncio.sleep(FULL_SECONDS)
+
+    def _post(self, channel: Channel, received: Received) -> None:
+        message = without_signature(received.parts) if received.whole else None
+        if message is None:
+            if not received.whole and channel is Channel.IOPUB:
+                self._overflow.drop(received.parts)
+            return
+        if channel is not Channel.IOPUB:
+            self.link.post(channel, message)
+            return
+        self.activity.told(message)
+        kind = message_type(message)
+        if kind in OUTPUTS and not self.link.has_room(message):
+            self._overflow.drop(message)
+            return
+        if (note := self._overflow.note()) is not None:
+            self.link.post(channel, note)
+        self.link.post(channel, message, piece=piece(kind, message), replaces=replaces(kind, message))
 
     async def _deliver(self, frame: ChannelFrame) -> None:
         if frame.kind is not FrameKind.DATA or frame.channel is Channel.IOPUB:
             return
         if frame.channel is Channel.SHELL:
             self.activity.asked(frame.parts)
+        self.asked_to_end |= shuts_down(frame.parts)
         message = with_signature(frame.parts, self._key)
         if message is not None:
-            await self._sockets[frame.channel].send_multipart(message)
+            # A kernel that has ended gets nothing any more; its EXIT says so.
+            with contextlib.suppress(OSError):
+                await (await self._sockets[frame.channel]).send(message)
 
     async def serve(self, send: Send, incoming: AsyncIterator[bytes]) -> None:
         """Carry one connection. A later one for the same kernel ends it: the laptop may have lost it long ago."""
@@ -91,8 +119,8 @@ class KernelRelay:
             hello = await anext(incoming, None)
             if hello is None:
                 return
-            self.link.greeted_by_laptop(ChannelFrame.unpack(hello))
-            if self._exit is not None and self.link.last == 0:
+            new = self.link.greeted_by_laptop(ChannelFrame.unpack(hello))
+            if new and self._exit is not None and self.link.empty:
                 self._post_exit(self._exit)  # another bridge has had it, this one hasn't
             await send(self.link.hello().pack())
             await carry(self.link, send, incoming, self._deliver)
@@ -107,17 +135,15 @@ class KernelRelay:
 
     async def finish(self, exit_code: int, reason: str) -> None:
         """The process has ended: take what it had still sent, then EXIT."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(DRAIN_SECONDS):
-                seen = -1
-                while seen != self._busy:
-                    seen = self._busy
-                    await asyncio.sleep(QUIET_SECONDS)
-        for reader in self._readers:
-            reader.cancel()
+        await asyncio.wait(self._readers, timeout=DRAIN_SECONDS)
+        for task in (*self._readers, *self._sockets.values()):
+            task.cancel()
         await asyncio.gather(*self._readers, return_exceptions=True)
-        for socket in self._sockets.values():
-            socket.close()
+        for opened in await asyncio.gather(*self._sockets.values(), return_exceptions=True):
+            if isinstance(opened, ZmtpSocket):
+                opened.close()
+        if (note := self._overflow.note()) is not None:
+            self.link.post(Channel.IOPUB, note)
         self._exit = exit_parts(exit_code, reason)
         self._post_exit(self._exit)
 
@@ -132,7 +158,8 @@ class KernelRelay:
                     await asyncio.sleep(0.02)
 
     async def close(self) -> None:
-        """Break the present connection, if any."""
+        """Break the present connection, if any, and let go of what was held."""
         if self._connection is not None:
             self._connection.cancel()
             await asyncio.wait({self._connection})
+        self.link.forget()

@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import websockets.asyncio.client
@@ -28,12 +29,17 @@ from cloister_data.errors import (
 )
 from cloister_data.framing import MAX_CHANNEL_FRAME
 from cloister_data.kernels import KernelLaunch, KernelView
+from cloister_data.transfers import MAX_TRANSFER_BYTES, TransferTerms, TransferView
 
 SUBPROTOCOL = Subprotocol("cloister.kernel.v1")
 SIGNAL_TIMEOUT = httpx.Timeout(connect=5, read=15, write=5, pool=5)
 """Seconds. Somebody waits: an interrupted cell, a JupyterLab that shuts down."""
 LOOK_SECONDS = 5.0
 """The longest time between two looks at the proof's age: while a computer sleeps, its timers do too."""
+PING_SECONDS = 10.0
+"""A connection that swallows everything is given up after three times as long. Slices are small, so that a slow one
+answers in time, and what it had carried counts: nothing of it is sent again.
+"""
 DISPLAY_NAMES = ("COLUMNS", "LINES", "TZ", "LANG", "NO_COLOR")
 
 
@@ -148,6 +154,23 @@ class RemoteKernel:
         """Kill the kernel. Raises NotFoundError where it is gone already."""
         return self._call("DELETE", f"/api/v1/kernels/{self.identifier}")
 
+    def transfer_terms(self) -> TransferTerms:
+        """What may be moved. Raises PolicyRefusedError where an owner forbids it."""
+        return self.session().transport.call("GET", f"/kernels/{self.identifier}/files", receive=TransferTerms)
+
+    def put_file(self, path: str, chunks: Iterable[bytes], size: int) -> TransferView:
+        """A file of `size` bytes into the kernel's home. Where `chunks` raises, nothing of it remains there."""
+        return self.session().transport.upload(self._file(path), chunks, size, TransferView)
+
+    @contextmanager
+    def get_file(self, path: str) -> Iterator[tuple[int, Iterator[bytes]]]:
+        """(size, the bytes as they come) of a file in the kernel's home."""
+        with self.session().transport.download(self._file(path), MAX_TRANSFER_BYTES) as found:
+            yield found
+
+    def _file(self, path: str) -> str:
+        return f"/kernels/{self.identifier}/files/{quote(path)}"
+
     def _call(self, method: str, path: str) -> KernelView:
         """One call; where the connection or the machine's identity changed, once more over a new session."""
         try:
@@ -192,8 +215,8 @@ class RemoteKernel:
                 compression=None,
                 max_size=MAX_CHANNEL_FRAME,
                 open_timeout=20,
-                ping_interval=20,
-                ping_timeout=40,
+                ping_interval=PING_SECONDS,
+                ping_timeout=2 * PING_SECONDS,
                 close_timeout=2,
                 proxy=None,
                 create_connection=partial(_Channel, session),  # type: ignore[arg-type]

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Sequence
 
-from cloister_data.framing import MAX_CHANNEL_FRAME, MAX_PARTS
+from cloister_data.framing import MAX_CHANNEL_MESSAGE, MAX_PARTS
 
 DELIMITER = b"<IDS|MSG>"
 
@@ -31,13 +32,12 @@ def with_signature(parts: tuple[bytes, ...], key: bytes) -> list[bytes] | None:
     return [*parts[: mark + 1], digest.hexdigest().encode(), *parts[mark + 2 :]]
 
 
-def without_signature(parts: list[bytes]) -> tuple[bytes, ...] | None:
-    """The message with an empty signature, or None if it is malformed or too large for one frame."""
+def without_signature(parts: Sequence[bytes]) -> tuple[bytes, ...] | None:
+    """The message with an empty signature, or None if it is malformed or too large for the channel."""
     try:
         mark = parts.index(DELIMITER)
     except ValueError:
         return None
-    size = sum(len(part) + 4 for part in parts)
-    if len(parts) < mark + 6 or len(parts) > MAX_PARTS or size > MAX_CHANNEL_FRAME - 64:
+    if len(parts) < mark + 6 or len(parts) > MAX_PARTS or sum(map(len, parts)) > MAX_CHANNEL_MESSAGE:
         return None
     return (*parts[: mark + 1], b"", *parts[mark + 2 :])

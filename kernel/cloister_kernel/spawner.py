@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from cloister_data.framing import Channel
 from cloister_data.kernels import KernelLaunch
@@ -39,6 +40,25 @@ class Started:
     guard_socket: str
 
 
+HomeOperation = Literal["put", "get"]
+
+
+@dataclass(frozen=True)
+class HomeProcess:
+    """`homefiles.py` at work in a kernel's home: what it is fed, and what it says.
+
+    `home` is the home's path as that process sees it; `uid` is whom it has to become first, or None. `release` ends
+    it, where it hasn't ended.
+    """
+
+    process: asyncio.subprocess.Process
+    into: asyncio.StreamWriter
+    output: asyncio.StreamReader
+    home: str
+    uid: int | None
+    release: Callable[[], Awaitable[None]]
+
+
 class Spawner(Protocol):
     """Makes kernels in two steps, so that the guard knows whose kernel it is before a line of its user's runs."""
 
@@ -58,6 +78,10 @@ class Spawner(Protocol):
 
     async def assign(self, prepared: Prepared, user: str, guard_socket: str, launch: KernelLaunch) -> Started:
         """Give it to a user, for good. Raises CloisterError; then nothing of it is left."""
+        ...
+
+    async def home_process(self, started: Started, operation: HomeOperation) -> HomeProcess:
+        """Start `homefiles.py` where it reaches this kernel's home and nothing else of worth. Raises CloisterError."""
         ...
 
     def interrupt(self, started: Started) -> None:

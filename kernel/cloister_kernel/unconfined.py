@@ -20,15 +20,17 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+import cloister_kernel.homefiles
 from cloister_data.errors import ConfigurationError, InvalidRequestError, Problem, UnavailableError, from_problem
 from cloister_data.kernels import KernelLaunch
 from cloister_data.policy import Sandbox
+from cloister_data.transfers import MAX_TRANSFER_FRAME
 from cloister_kernel.kernel_files import KernelSockets, check_socket_length, kernel_environment, named
 from cloister_kernel.launch import LaunchPlan
 from cloister_kernel.mounts import Bind, MountPlan, plan_mounts
 from cloister_kernel.remains import delete, sweep_session, sweep_uid
 from cloister_kernel.sandbox.view import package_sources
-from cloister_kernel.spawner import Prepared, Started
+from cloister_kernel.spawner import HomeOperation, HomeProcess, Prepared, Started
 from cloister_kernel.uids import UID_FIRST, UID_LAST, UidPool
 
 LAUNCH_SECONDS = 30.0
@@ -183,6 +185,22 @@ class UnconfinedSpawner:
                 raise UnavailableError("The kernel ended before it had started.") from None
         return process
 
+    async def home_process(self, started: Started, operation: HomeOperation) -> HomeProcess:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-S", cloister_kernel.homefiles.__file__, operation),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            limit=MAX_TRANSFER_FRAME,
+            cwd="/",
+            env={"LANG": "C.UTF-8"},
+        )
+        into, output = process.stdin, process.stdout
+        if into is None or output is None:
+            raise UnavailableError("A file can't be moved.", why="What does it has no pipes.")
+        uid = started.uid if self.sandbox == "user" else None
+        return HomeProcess(process, into, output, str(self._homes / started.kernel), uid, lambda: _ended(process))
+
     def interrupt(self, started: Started) -> None:
         if started.process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -224,6 +242,12 @@ class UnconfinedSpawner:
 
     async def close(self) -> None:
         """Nothing but its kernels is held."""
+
+
+async def _ended(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    await process.wait()
 
 
 async def _read_pipe(descriptor: int) -> bytes | None:

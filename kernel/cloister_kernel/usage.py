@@ -26,6 +26,8 @@ class ProcessMemory:
 
     def used(self, kernels: Sequence[Started]) -> int:
         """The sum of their resident sets; pages that several share count for each."""
+        if not kernels:
+            return 0
         uids = {kernel.uid for kernel in kernels if kernel.sandbox != "none"}
         sessions = {kernel.process.pid for kernel in kernels if kernel.sandbox == "none"}
         pages = 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cloister_budget.policy import RULES, AccessRequest, decide
+from cloister_budget.policy import RULES, AccessRequest, decide, decide_transfer
 from cloister_data.policy import Policy
 from tests.fakes.ledgers import policy
 
@@ -86,3 +86,21 @@ def test_terms_of_other_accounts_do_not_bind() -> None:
     assert decide(GOOD, changed(groups=others, suspended_users=("bob",)), NOW).allowed
     just_within = {"alice": {"epsilon": 1, "delta": 1e-5, "epsilon_cap": 0.5, "expires": NOW + 1}}
     assert decide(GOOD, changed(users=just_within), NOW).allowed
+
+
+def test_one_policy_that_names_the_user_and_forbids_transfers_decides() -> None:
+    allows = changed(dataset="hospital-z/open", transfers="allowed")
+    forbids = changed(dataset="hospital-b/closed", transfers="forbidden")
+    assert decide_transfer("alice", []).allowed
+    assert decide_transfer("alice", [allows]).allowed
+    refused = decide_transfer("alice", [allows, forbids])
+    assert (refused.allowed, refused.rule) == (False, "transfers")
+    assert "hospital-b/closed" in refused.reason
+    # Whatever else the policy says: what it gave out before may be in the kernel.
+    for update in ({"expires": 1}, {"suspended": True}, {"suspended_users": ("alice",)}, {"operations": ()}):
+        assert not decide_transfer("alice", [Policy.model_validate({**forbids.model_dump(), **update})]).allowed
+    team = {"team": {"limit": {"epsilon": 1, "delta": 1e-5}, "members": ("alice",)}}
+    grouped = Policy.model_validate({**forbids.model_dump(), "users": {}, "groups": team})
+    assert not decide_transfer("alice", [grouped]).allowed
+    # The control: nobody else is bound by it.
+    assert decide_transfer("bob", [allows, forbids, grouped]).allowed

@@ -13,6 +13,7 @@ epsilon_cap = 2
 operations = ["mean", "train"]
 platforms = ["sev-snp"]
 minimum_sandbox = "user"
+transfers = "forbidden"
 expires = 2030-01-01
 [users]
 alice = { epsilon = 6.0, delta = 1e-5 }

@@ -32,6 +32,7 @@ epsilon_cap = 2.0
 operations = ["count", "mean"]
 platforms = ["simulated"]
 minimum_sandbox = "none"
+transfers = "allowed"
 expires = "never"
 [users]
 ann = { epsilon = 5.0, delta = 1e-5 }

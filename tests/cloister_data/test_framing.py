@@ -14,6 +14,7 @@ from cloister_data.framing import (
     Channel,
     ChannelFrame,
     FrameKind,
+    Slice,
     frame_length,
     pack_body,
     pack_frame,
@@ -110,7 +111,9 @@ def test_any_bytes_are_one_frame_or_refused(data: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("offset", "value"), [(0, 0), (0, 2), (1, 4), (1, 255), (2, 4), (2, 255), (3, 1)], ids=lambda value: str(value)
+    ("offset", "value"),
+    [(0, 0), (0, 2), (1, 4), (1, 255), (2, 4), (2, 255), (3, 3), (3, 255)],
+    ids=lambda value: str(value),
 )
 def test_a_header_of_another_kind_is_refused(offset: int, value: int) -> None:
     packed = bytearray(ChannelFrame(FrameKind.DATA, Channel.SHELL, 1, 0, (b"x",)).pack())
@@ -118,6 +121,15 @@ def test_a_header_of_another_kind_is_refused(offset: int, value: int) -> None:
     packed[offset] = value
     with pytest.raises(InvalidRequestError):
         ChannelFrame.unpack(bytes(packed))
+
+
+@pytest.mark.parametrize("slice", [Slice.FURTHER, Slice.LAST])
+def test_a_slice_is_data_with_parts(slice: Slice) -> None:
+    one = ChannelFrame(FrameKind.DATA, Channel.SHELL, 1, 0, (b"x",), slice)
+    assert ChannelFrame.unpack(one.pack()) == one
+    for kind, parts in ((FrameKind.EXIT, (b"0",)), (FrameKind.ACK, ()), (FrameKind.DATA, ())):
+        with pytest.raises(InvalidRequestError, match="slice of nothing"):
+            ChannelFrame.unpack(ChannelFrame(kind, Channel.SHELL, 1, 0, parts, slice).pack())
 
 
 def test_the_number_of_parts_is_bounded() -> None:

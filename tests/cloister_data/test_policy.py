@@ -1,5 +1,6 @@
 """Policies say everything by intention, and count only with the owner's signature."""
 
+import hashlib
 import json
 
 import pytest
@@ -23,6 +24,7 @@ POLICY = Policy(
     operations=("count", "mean", "train"),
     platforms=("simulated",),
     minimum_sandbox="user",
+    transfers="allowed",
     expires=None,
 )
 
@@ -100,6 +102,9 @@ def test_a_signed_document_that_is_no_policy_is_refused(key: Ed25519PrivateKey) 
         ("operations", ["download"]),
         ("platforms", ["any"]),
         ("minimum_sandbox", "any"),
+        ("transfers", "any"),
+        ("format", 1),
+        ("format", 3),
         ("version", 0),
         ("dataset", "breast-cancer"),
         ("expires", "tomorrow"),
@@ -109,3 +114,17 @@ def test_values_that_are_refused(field: str, value: object) -> None:
     document = json.loads(POLICY.canonical()) | {field: value}
     with pytest.raises(ValidationError):
         Policy.from_json(json.dumps(document))
+
+
+def test_a_policy_of_format_1_is_what_it_was_and_forbids_transfers(key: Ed25519PrivateKey) -> None:
+    document = json.loads(POLICY.canonical()) | {"format": 1}
+    del document["transfers"]
+    written = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+    signed = SignedPolicy(document=written, signature=key.sign(POLICY_LABEL + written))
+    policy = verify_policy(signed, public_bytes(key))
+    assert policy.transfers == "forbidden"
+    assert policy.canonical() == written
+    assert policy.digest() == hashlib.sha256(written).hexdigest()
+    assert Policy.model_validate(policy.model_dump()) == policy
+    # The control: format 2 says it, and its bytes hold it.
+    assert (POLICY.format, POLICY.transfers, b'"transfers":"allowed"' in POLICY.canonical()) == (2, "allowed", True)

@@ -120,7 +120,7 @@ def test_a_launch_carries_display_settings_only(name: str) -> None:
 
 def test_orders_to_the_guard_are_told_apart_by_op() -> None:
     adapter: TypeAdapter[ControlOrder] = TypeAdapter(ControlOrder)
-    register = RegisterKernel(kernel="0" * 32, uid=200_000, user="ada", sandbox="user")
+    register = RegisterKernel(kernel="0" * 32, uid=200_000, user="ada", sandbox="user", service="1" * 32)
     assert adapter.validate_json(register.to_json()) == register
     for uid in (-1, 2**32 - 1):
         with pytest.raises(ValidationError):

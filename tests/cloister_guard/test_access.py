@@ -1,5 +1,6 @@
 """Who may do what: roles, owners' signatures, kernels' sockets, passwords and tokens."""
 
+import re
 import secrets
 import socket
 import sqlite3
@@ -220,6 +221,7 @@ def test_without_a_token_nothing_but_evidence_and_sign_in_is_offered(ready: Runn
             continue
         for verb in verbs:
             url = path.replace("{owner}", "a").replace("{name}", "b").replace("{action}", "interrupt")
+            url = url.replace("{path}", "x")
             for name in ("job", "release", "kernel", "request"):
                 url = url.replace("{" + name + "}", "0" * 32)
             answer = session.client.request(verb, url, content=b"{}")
@@ -253,25 +255,30 @@ def test_an_expired_or_withdrawn_token_ends_the_session() -> None:
         assert token not in dump
 
 
-def control(runtime: Path, order: RegisterKernel) -> ControlAnswer:
+def register(ready: RunningCloister, user: str) -> ControlAnswer:
+    """Say on the control socket, as the kernel service that runs, that there is a kernel of this user."""
+    deadline = time.monotonic() + 30
+    while not (found := re.search("listening service=([0-9a-f]{32})", (ready.base / "serve.log").read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    order = RegisterKernel(kernel=secrets.token_hex(16), uid=0, user=user, sandbox="user", service=found[1])
     with socket.socket(socket.AF_UNIX) as peer:
-        peer.connect(str(runtime / "control.sock"))
+        peer.connect(str(ready.runtime / "control.sock"))
         peer.sendall(pack_frame(order.to_json()))
         length = int.from_bytes(peer.recv(4, socket.MSG_WAITALL))
         return ControlAnswer.from_json(peer.recv(length, socket.MSG_WAITALL))
 
 
 def test_a_kernel_socket_offers_scientists_routes_alone_whoever_its_user_is(ready: RunningCloister) -> None:
-    kernel = secrets.token_hex(16)
-    order = RegisterKernel(kernel=kernel, uid=0, user="admin", sandbox="user")
-    answer = control(ready.runtime, order)
+    answer = register(ready, "admin")
     assert answer.problem is None
+    kernel = Path(answer.socket).parent.name
     with Transport.unix(answer.socket) as transport:
         assert transport.call("GET", "/me", None, WhoAmI).role == "scientist"
         for verb, path in (
             ("GET", "/users"), ("POST", "/users"), ("POST", "/kernels"), ("GET", "/kernels"), ("POST", "/datasets"),
             ("PUT", f"/datasets/{DATASET}/policy"), ("POST", "/login"), ("POST", "/.well-known/attest"),
-            ("GET", "/metrics"),
+            ("GET", "/metrics"), ("GET", f"/kernels/{kernel}/files/x"), ("PUT", f"/kernels/{kernel}/files/x"),
         ):  # fmt: skip
             with pytest.raises((NotFoundError, InvalidRequestError), match="route"):
                 transport.raw(verb, path, b"{}")
@@ -287,7 +294,7 @@ def test_the_minimum_sandbox_binds_kernels(ready: RunningCloister) -> None:
     policy = make_policy(name, {"acc-ann": 1.0}, minimum_sandbox="confined")
     others = ready.statement("acc-owner", name, key)
     send(ready, "acc-owner", declare(name, key, policy=sign_policy(policy, key), statement=others))
-    answer = control(ready.runtime, RegisterKernel(kernel=secrets.token_hex(16), uid=0, user="acc-ann", sandbox="user"))
+    answer = register(ready, "acc-ann")
     question = Question.model_validate({"source": {"dataset": name}, "operation": "count"})
     request = QueryRequest(request_id=secrets.token_hex(16), question=question, epsilon=0.5)
     with Transport.unix(answer.socket) as transport, pytest.raises(PolicyRefusedError, match="sandbox"):

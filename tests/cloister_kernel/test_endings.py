@@ -43,7 +43,14 @@ def test_a_kernel_that_the_service_ended() -> None:
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [
-        *((3600, "1 hour"), (86_400, "24 hours"), (600, "10 minutes"), (90, "90 seconds"), (1, "1 second")),
+        *(
+            (3600, "1 hour"),
+            (86_400, "24 hours"),
+            (600, "10 minutes"),
+            (90, "1 minute 30 seconds"),
+            (85_800, "23 hours 50 minutes"),
+            (1, "1 second"),
+        ),
         (0.2, "no time"),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +26,17 @@ def test_jupyter_finds_it_and_its_provisioner(tmp_path: Path) -> None:
     install_kernelspec("hospital-a", "Another name", tmp_path)
     assert json.loads((where / "kernel.json").read_text())["display_name"] == "Another name"
     assert [entry.name for entry in where.iterdir()] == ["kernel.json"]
+
+
+def test_each_cloister_has_its_own_entry_in_the_launcher(tmp_path: Path) -> None:
+    for profile in ("hospital-a", "hospital-b"):
+        install_kernelspec(profile, directory=tmp_path)
+    command = [sys.executable, "-m", "jupyter", "kernelspec", "list", "--json"]
+    environment = os.environ | {"JUPYTER_PATH": str(tmp_path), "JUPYTER_PLATFORM_DIRS": "1"}
+    listed = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
+    names = {name: entry["spec"]["display_name"] for name, entry in listed["kernelspecs"].items()}
+    assert names["cloister-hospital-a"] == "Cloister: hospital-a"
+    assert names["cloister-hospital-b"] == "Cloister: hospital-b"
 
 
 @pytest.mark.parametrize("name", ["", "../x", "A", "a/b", "x" * 64, "a b"])

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -130,6 +131,8 @@ def test_another_jupyter_server_takes_the_kernel_over(
         provisioner = manager.provisioner
         assert isinstance(provisioner, CloisterProvisioner)
         info = asyncio.run(provisioner.get_provisioner_info())
+        meanwhile = client.execute("import time; time.sleep(0.5); print('meanwhile')")
+        client.get_iopub_msg(timeout=10)  # it is under way
         # The first server vanishes without a word.
         provisioner._bridge.stop()  # type: ignore[union-attr]
         provisioner._remote.close()  # type: ignore[union-attr]
@@ -140,7 +143,11 @@ def test_another_jupyter_server_takes_the_kernel_over(
         assert manager.is_alive()
         client.stop_channels()
         again = manager.client()
+        time.sleep(0.6)
         again.start_channels()
+        while (heard := again.get_iopub_msg(timeout=20))["msg_type"] != "stream":
+            pass
+        assert (heard["content"]["text"], heard["parent_header"]["msg_id"]) == ("meanwhile\n", meanwhile)
         again.wait_for_ready(timeout=20)
         assert run(again, "x") == ("ok", "'still here'")
         again.stop_channels()
@@ -195,7 +202,12 @@ sys.exit(proxy.main(["--profile", "demo", "-f", connection_file]))
 """
 
 
-def test_the_proxy_is_a_kernel_for_front_ends_without_provisioners(relay: KernelRelay, tmp_path: Path) -> None:
+Proxy = tuple[BlockingKernelClient, "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def proxy(relay: KernelRelay, tmp_path: Path) -> Iterator[Proxy]:
+    """What a front end without provisioners starts: the kernelspec's process, and a client of its connection file."""
     manager = KernelManager(connection_file=str(tmp_path / "connection.json"))
     manager.write_connection_file()
     arguments = [relay.url, relay.token, relay.identity.certificate_der.hex(), manager.connection_file]
@@ -211,16 +223,29 @@ def test_the_proxy_is_a_kernel_for_front_ends_without_provisioners(relay: Kernel
     client.start_channels()
     try:
         client.wait_for_ready(timeout=30)
-        assert run(client, "1 + 2") == ("ok", "3")
-        client.execute("import time; time.sleep(30)")
-        time.sleep(0.3)
-        process.send_signal(signal.SIGINT)
-        assert client.get_shell_msg(timeout=10)["content"]["ename"] == "KeyboardInterrupt"
-        client.shutdown()
-        assert process.wait(10) == 0
-        assert gone(relay)
+        yield client, process
     finally:
         process.kill()
         process.wait()
         client.stop_channels()
         manager.context.destroy(linger=0)
+
+
+def test_the_proxy_is_a_kernel_for_front_ends_without_provisioners(relay: KernelRelay, proxy: Proxy) -> None:
+    client, process = proxy
+    assert run(client, "1 + 2") == ("ok", "3")
+    client.execute("import time; time.sleep(30)")
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    assert client.get_shell_msg(timeout=10)["content"]["ename"] == "KeyboardInterrupt"
+    client.shutdown()
+    assert process.wait(10) == 0
+    assert gone(relay)
+
+
+def test_a_proxy_that_is_told_to_end_ends_its_kernel(relay: KernelRelay, proxy: Proxy) -> None:
+    client, process = proxy
+    client.execute("import time; time.sleep(30)")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    assert gone(relay)

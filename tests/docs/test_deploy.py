@@ -91,7 +91,7 @@ def test_the_two_units_share_their_places_and_nothing_else() -> None:
     assert not re.search("^(Requires|Requisite|BindsTo|PartOf|Upholds)=", text, re.M), "a restart of one ends the other"
     assert guard["CapabilityBoundingSet"] == "CAP_CHOWN"
     assert kernels["InaccessiblePaths"] == f"-/var/lib/{guard['StateDirectory']}"
-    assert "StateDirectory" not in kernels
+    assert load_config(SAMPLE).homes == Path("/var/lib") / kernels["StateDirectory"]
 
 
 def test_every_unit_is_in_the_runbook() -> None:

@@ -34,7 +34,7 @@ from cloister_data.control import ControlOrder
 from cloister_data.cosignature import cosign, verify_cosignature, witness_name
 from cloister_data.errors import CloisterError
 from cloister_data.events import Event
-from cloister_data.framing import Channel, ChannelFrame, FrameKind, pack_body, pack_frame
+from cloister_data.framing import Channel, ChannelFrame, FrameKind, Slice, pack_body, pack_frame
 from cloister_data.kernels import KernelLaunch, KernelOrder
 from cloister_data.owner import public_bytes, sign_policy, sign_statement
 from cloister_data.policy import POLICY_LABEL, Platform, Policy
@@ -60,6 +60,7 @@ def test_every_vector_has_a_test() -> None:
         "checkpoint",
         "reference-values",
         "policy",
+        "policy-format-1",
         "population",
         "cosignature",
         "channel-frames",
@@ -77,7 +78,7 @@ def test_body() -> None:
 
 
 def test_frame_limits() -> None:
-    for limit in (framing.MAX_JSON_FRAME, framing.MAX_CHANNEL_FRAME):
+    for limit in (framing.MAX_JSON_FRAME, framing.MAX_CHANNEL_FRAME, framing.MAX_SLICE, framing.MAX_CHANNEL_MESSAGE):
         assert f"{limit:,}".replace(",", " ") in TEXT
 
 
@@ -111,9 +112,10 @@ def test_cosignature() -> None:
         assert f"`{label.decode().strip()}`" in TEXT
 
 
-def test_policy() -> None:
-    vector = VECTORS["policy"]
-    seed, owner_key = hexes("policy", "seed", "owner_key")
+@pytest.mark.parametrize("name", ["policy", "policy-format-1"])
+def test_policy(name: str) -> None:
+    vector = VECTORS[name]
+    seed, owner_key = hexes(name, "seed", "owner_key")
     key = Ed25519PrivateKey.from_private_bytes(seed)
     signed = sign_policy(Policy.from_json(vector["document"]), key)
     assert signed.document.decode() == vector["document"]
@@ -138,15 +140,16 @@ def test_population() -> None:
 
 @pytest.mark.parametrize("line", VECTORS["channel-frames"].items(), ids=lambda line: line[0].split()[0])
 def test_channel_frames(line: tuple[str, str]) -> None:
-    described = re.fullmatch(r"([A-Z]+) ([a-z]+) (\d+) (\d+) \[(.*)\]", line[0])
+    described = re.fullmatch(r"([A-Z]+)( further| last)? ([a-z]+) (\d+) (\d+) \[(.*)\]", line[0])
     assert described is not None
-    kind, channel, sequence, acknowledged, parts = described.groups()
+    kind, slice, channel, sequence, acknowledged, parts = described.groups()
     frame = ChannelFrame(
         FrameKind[kind],
         Channel[channel.upper()],
         int(sequence),
         int(acknowledged),
         tuple(bytes.fromhex(part) for part in parts.split(",")) if parts else (),
+        Slice[(slice or " whole").strip().upper()],
     )
     assert frame.pack().hex() == line[1]
 
@@ -154,6 +157,8 @@ def test_channel_frames(line: tuple[str, str]) -> None:
 def test_kinds_and_channels_of_frames() -> None:
     assert ", ".join(f"{kind.value} {kind.name}" for kind in FrameKind) in TEXT
     assert ", ".join(f"{channel.value} {channel.name.lower()}" for channel in Channel) in TEXT
+    assert "0 for a whole message, 1 for a slice, 2 for its last slice" in TEXT
+    assert [slice.value for slice in Slice] == [0, 1, 2]
     assert f"at most {framing.MAX_PARTS}" in TEXT
 
 
@@ -250,17 +255,32 @@ def test_orders() -> None:
 
 
 def test_figures_in_the_text() -> None:
+    from cloister.errands import METADATA
+    from cloister_data.transfers import MAX_PATH, MAX_TRANSFER_BYTES, MAX_TRANSFER_FRAME
+    from cloister_guard.companion import MEET_SECONDS
     from cloister_guard.events import KEPT
     from cloister_guard.http.messages import MAX_JSON_BODY
     from cloister_guard.kernels import SUBPROTOCOL
-    from cloister_kernel.link import MAX_OUTBOX_BYTES
+    from cloister_kernel.endings import MAX_TEXT
+    from cloister_kernel.holdings import KERNEL_BYTES, RESERVED_BYTES, SERVICE_BYTES
+    from cloister_kernel.kernels import GUARD_AWAY_SECONDS
+    from cloister_kernel.link import STREAM_SECONDS
     from cloister_kernel.pump import ACK_AFTER_SECONDS, ACK_EVERY_FRAMES
 
     assert f"after {ACK_EVERY_FRAMES} frames or {ACK_AFTER_SECONDS} seconds" in TEXT
     assert f"{KEPT:,}".replace(",", " ") + " events ago" in TEXT
     assert f"at most {MAX_JSON_BODY >> 20} MiB" in TEXT
-    assert f"While {MAX_OUTBOX_BYTES >> 20} MiB or more wait" in TEXT
+    assert f"at most {KERNEL_BYTES >> 20} MiB for one kernel and {SERVICE_BYTES >> 20} MiB for all" in TEXT
+    assert f"{RESERVED_BYTES >> 20} MiB are" in TEXT
+    assert f"within {STREAM_SECONDS * 1000:.0f} ms" in TEXT
     assert f"`{SUBPROTOCOL}`" in TEXT
+    assert f"sent every {MEET_SECONDS:.0f} seconds" in TEXT
+    assert f"no guard has met for {GUARD_AWAY_SECONDS // 60:.0f} minutes" in TEXT
+    assert f"at most {MAX_TEXT} characters" in " ".join(TEXT.split())
+    assert f"1 to {MAX_PATH} printable characters" in TEXT
+    assert f"A file has at most {MAX_TRANSFER_BYTES >> 30} GiB" in TEXT
+    assert f"in frames of at most {MAX_TRANSFER_FRAME >> 20} MiB" in TEXT
+    assert f"`Outcome` under `{METADATA}` in its metadata" in TEXT
 
 
 def test_launch_environment() -> None:
@@ -279,12 +299,12 @@ def _routes(router: APIRouter) -> set[str]:
 
 
 def test_routes() -> None:
-    from cloister_guard.http import audit, laptop, metrics, scientist
+    from cloister_guard.http import audit, files, laptop, metrics, scientist
 
     guard: object = None  # The routes close over it; none is called here.
     offered_to_kernels = _routes(scientist.make_router(guard, lambda: None))  # type: ignore[arg-type]
     https_only = _routes(laptop.make_router(guard))  # type: ignore[arg-type]
-    for part in (audit, metrics):
+    for part in (audit, files, metrics):
         https_only |= _routes(part.make_router(guard, lambda: None))  # type: ignore[arg-type]
     rows = table(PROTOCOL, "route")
     assert {row[0] for row in rows} == offered_to_kernels | https_only

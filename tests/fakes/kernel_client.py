@@ -17,7 +17,9 @@ Kernel = tuple[KernelManager, BlockingKernelClient]
 Make = Callable[..., contextlib.AbstractContextManager[Kernel]]
 
 
-def run(client: BlockingKernelClient, code: str, timeout: float = 20) -> tuple[str, str]:
+def run(
+    client: BlockingKernelClient, code: str, timeout: float = 20, allow_stdin: bool | None = None
+) -> tuple[str, str]:
     """The reply's status, and the text of everything that came out."""
     texts: list[str] = []
 
@@ -30,7 +32,7 @@ def run(client: BlockingKernelClient, code: str, timeout: float = 20) -> tuple[s
         elif message["msg_type"] == "error":
             texts.append("\n".join(content["traceback"]))
 
-    reply = client.execute_interactive(code, output_hook=collect, timeout=timeout)
+    reply = client.execute_interactive(code, output_hook=collect, timeout=timeout, allow_stdin=allow_stdin)
     return reply["content"]["status"], "".join(texts)
 
 

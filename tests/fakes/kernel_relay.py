@@ -245,18 +245,21 @@ class KernelRelay:
                 writer.close()
                 await websocket.send_denial_response(Response(status_code=404))
                 return
-            await websocket.accept(subprotocol="cloister.kernel.v1")
-            self.connections += 1
-            pumps = {asyncio.create_task(_out(websocket, writer)), asyncio.create_task(_back(websocket, reader))}
-            self._splices |= pumps
-            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-            for task in pumps:
-                task.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
-            self._splices -= pumps
-            writer.close()
-            with contextlib.suppress(RuntimeError, WebSocketDisconnect):
-                await websocket.close()
+            pumps: set[asyncio.Task[None]] = set()
+            try:
+                await websocket.accept(subprotocol="cloister.kernel.v1")
+                self.connections += 1
+                pumps |= {asyncio.create_task(_out(websocket, writer)), asyncio.create_task(_back(websocket, reader))}
+                self._splices |= pumps
+                await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in pumps:
+                    task.cancel()
+                await asyncio.gather(*pumps, return_exceptions=True)
+                self._splices -= pumps
+                writer.close()
+                with contextlib.suppress(RuntimeError, WebSocketDisconnect):
+                    await websocket.close()
 
         return app
 

@@ -40,6 +40,7 @@ def policy(population: float = 1.0, delta: float = 1e-5, **users: float) -> Poli
         operations=("count", "sum", "mean", "train", "evaluate"),
         platforms=("simulated",),
         minimum_sandbox="none",
+        transfers="allowed",
         expires=None,
     )
 

@@ -53,6 +53,7 @@ def make_policy(dataset: str, users: Mapping[str, float], **changes: object) -> 
         "operations": ALL,
         "platforms": ("simulated",),
         "minimum_sandbox": "none",
+        "transfers": "allowed",
         "expires": None,
     }
     return Policy.model_validate(given | changes)

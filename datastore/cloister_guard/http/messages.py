@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -13,45 +14,64 @@ from starlette.exceptions import HTTPException
 
 from cloister_data.base import Wire
 from cloister_data.errors import CloisterError, InvalidRequestError, NotFoundError, TooLargeError
+from cloister_guard.http import unambiguous
 from cloister_guard.release import problem
 
 PROBLEM = "application/problem+json"
 PROBLEM_CODE = "cloister.problem"
 """Under this name a request's scope holds the code of the problem that it was answered with."""
 MAX_JSON_BODY = 4 << 20
+SMALL_BODY = 64 << 10
+SLOT = "cloister.slot"
+"""Under this name a kernel's request has in its scope the one slot that its connections share for a larger body."""
 STALLED_SECONDS = 60.0
 _ROUTES = "docs/protocol.md lists the routes."
 
 W = TypeVar("W", bound=Wire)
 
 
-async def body_bytes(request: Request, limit: int) -> bytes:
-    """The whole body. Raises TooLargeError as soon as it passes `limit` bytes, InvalidRequestError where it stalls."""
-    parts, stream = bytearray(), aiter(request.stream())
+async def body_chunks(request: Request) -> AsyncIterator[bytes]:
+    """The body as it comes. Raises InvalidRequestError where it stalls."""
+    stream = aiter(request.stream())
     while True:
         try:
             async with asyncio.timeout(STALLED_SECONDS):
-                parts += await anext(stream)
+                chunk = await anext(stream)
         except StopAsyncIteration:
-            break
+            return
         except TimeoutError:
             raise InvalidRequestError(
                 "The request stopped half-way.",
                 why=f"Nothing more of it came for {STALLED_SECONDS:.0f} seconds.",
                 next_step="Send it again.",
             ) from None
-        if len(parts) > limit:
-            raise TooLargeError(
-                "The request is too large.", why=f"The limit here is {limit} bytes.", next_step="Send less."
-            )
+        yield chunk
+
+
+async def body_bytes(request: Request, limit: int, slot: asyncio.Lock | None = None) -> bytes:
+    """The whole body. Raises TooLargeError as soon as it passes `limit` bytes, InvalidRequestError where it stalls.
+
+    With a `slot`, only one body at a time that shares it gets larger than SMALL_BODY; the others wait, half read.
+    """
+    parts = bytearray()
+    async with contextlib.AsyncExitStack() as held:
+        async for chunk in body_chunks(request):
+            parts += chunk
+            if len(parts) > limit:
+                raise TooLargeError(
+                    "The request is too large.", why=f"The limit here is {limit} bytes.", next_step="Send less."
+                )
+            if slot is not None and len(parts) > SMALL_BODY:
+                await held.enter_async_context(slot)
+                slot = None
     return bytes(parts)
 
 
 def reads(model: type[W]) -> Callable[[Request], Awaitable[W]]:
-    """A dependency that parses the body as `model` from its raw bytes: no NaN, no unknown field, bounded sizes."""
+    """A dependency that parses the body as `model` from its raw bytes: no NaN, no unknown field, none twice."""
 
     async def parse(request: Request) -> W:
-        return model.from_json(await body_bytes(request, MAX_JSON_BODY))
+        return unambiguous.parse(model, await body_bytes(request, MAX_JSON_BODY, request.scope.get(SLOT)))
 
     return parse
 

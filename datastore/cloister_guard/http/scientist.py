@@ -37,6 +37,7 @@ def make_router(guard: Guard, who: object) -> APIRouter:
                 cloister=guard.config.name,
                 simulated=guard.evidence.simulated,
                 version=VERSION,
+                sandbox=caller.sandbox,
             )
         )
 

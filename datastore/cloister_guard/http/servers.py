@@ -22,8 +22,9 @@ from cloister_attest.channel import ServerIdentity
 from cloister_data.errors import ConfigurationError, ConflictError, ForbiddenError
 from cloister_data.framing import MAX_CHANNEL_FRAME
 from cloister_guard.guard import VERSION, Guard
-from cloister_guard.http import audit, laptop, metrics, scientist
-from cloister_guard.http.messages import install_handlers
+from cloister_guard.http import audit, files, laptop, metrics, scientist
+from cloister_guard.http.messages import SLOT, install_handlers
+from cloister_guard.http.unambiguous import OneLength
 from cloister_guard.identity import Caller
 
 logger = structlog.get_logger()
@@ -55,6 +56,7 @@ def laptop_app(guard: Guard) -> FastAPI:
     app.setup()
     app.include_router(laptop.make_router(guard))
     app.include_router(scientist.make_router(guard, laptop.bearer(guard)))
+    app.include_router(files.make_router(guard, laptop.bearer(guard)))
     app.include_router(audit.make_router(guard, laptop.bearer(guard)))
     app.include_router(metrics.make_router(guard, laptop.bearer(guard)))
     return app
@@ -85,7 +87,7 @@ def _bounded(connections: int) -> type[asyncio.Protocol]:
 
 def _config(app: Any, connections: int, **options: Any) -> uvicorn.Config:
     return uvicorn.Config(
-        app,
+        OneLength(app),
         http=_bounded(connections),
         log_config=None,
         access_log=False,
@@ -163,10 +165,10 @@ class KernelSockets:
                 return found.path
             path = self._guard.config.kernel_socket(kernel)
             listener = _listen_for_kernel(path, uid)
-            inner = self._app
+            inner, slot = self._app, asyncio.Lock()
 
             async def app(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
-                scope["cloister.caller"] = caller
+                scope["cloister.caller"], scope[SLOT] = caller, slot
                 await inner(scope, receive, send)
 
             server = _Server(_config(app, KERNEL_CONNECTIONS))

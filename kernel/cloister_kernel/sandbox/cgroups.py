@@ -28,8 +28,9 @@ from cloister_kernel.sandbox.layers import LayerError
 
 CONTROLLERS = ("memory", "pids", "cpu")
 PERIOD_MICROSECONDS = 100_000
-# What all kernels together weigh against one process of the guard on v1, or against its cgroup on v2: a tenth.
-CPU_WEIGHT, CPU_SHARES = 10, 102
+# What all kernels together weigh: a tenth of the guard's cgroup on v2. On v1, where each of the guard's processes
+# counts for itself, as much as one of them: with less, a busy machine would hardly run a kernel at all.
+CPU_WEIGHT, CPU_SHARES = 10, 1024
 MOVES = 100
 
 _KERNEL_ID = re.compile(r"[0-9a-f]{32}")

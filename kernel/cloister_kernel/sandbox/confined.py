@@ -32,7 +32,7 @@ from cloister_kernel.sandbox.mounter import Mounter
 from cloister_kernel.sandbox.process import Confinement, Sandboxed, receive
 from cloister_kernel.sandbox.stage import as_configuration_error, find_bubblewrap, open_stage
 from cloister_kernel.sandbox.view import HOME, RUN_GUARD, RUN_KERNEL, Bound
-from cloister_kernel.spawner import Prepared, Started
+from cloister_kernel.spawner import HomeOperation, HomeProcess, Prepared, Started
 from cloister_kernel.uids import UidPool
 
 READY_SECONDS = 120.0
@@ -253,6 +253,16 @@ class ConfinedSpawner:
 
     async def discard(self, prepared: Prepared) -> None:
         await self._bury(self._kernels[prepared.kernel])
+
+    async def home_process(self, started: Started, operation: HomeOperation) -> HomeProcess:
+        try:
+            running, release = await self.homes.at_home(started.user, operation)
+        except LayerError as error:
+            raise UnavailableError("A file can't be moved now.", why=str(error)) from error
+        into, output = running.process.stdin, running.process.stdout
+        if into is None or output is None:
+            raise UnavailableError("A file can't be moved.", why="What does it has no pipes.")
+        return HomeProcess(running.process, into, output, HOME, None, release)
 
     def interrupt(self, started: Started) -> None:
         kernel = self._kernels.get(started.kernel)

@@ -35,6 +35,9 @@ from cloister_kernel.sandbox.view import HOME, Bound
 
 OWNER = 199_999
 """Who owns the files of every home, as they lie in memory; each sandbox shows them as its own uid's."""
+ARCHIVE, FILES = "cloister_kernel.sandbox.archive", "cloister_kernel.homefiles"
+TRANSFERS = 16
+"""How many files go into homes or out of them at the same time."""
 BYTES_PER_FILE = 4096
 MAX_FILES = 1 << 20
 HEADERS_BYTES = 1 << 14
@@ -83,7 +86,7 @@ class Homes:
         self._confinement, self._mounter, self._cgroups, self._log = confinement, mounter, cgroups, log
         # Of its own: what waits for a hostile home must not keep kernels from starting and ending.
         self._threads = ThreadPoolExecutor(HELPERS, "home")
-        self._places = asyncio.Semaphore(HELPERS)
+        self._places = {ARCHIVE: asyncio.Semaphore(HELPERS), FILES: asyncio.Semaphore(TRANSFERS)}
         self._homes: dict[str, Home] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         for path, mode in ((directory, 0o711), (vault, 0o700)):
@@ -219,7 +222,7 @@ class Homes:
             arguments = ["save", home.fingerprint, str(self._size)]
             limit = self._size + self._files * HEADERS_BYTES
             with os.fdopen(read, "rb") as pipe, os.fdopen(write, "wb") as theirs:
-                async with self._helper(home, arguments, stdout=theirs.fileno()) as running:
+                async with self._helper(home, ARCHIVE, arguments, stdout=theirs.fileno()) as running:
                     theirs.close()
                     fingerprint = await self._thread(_keep, pipe, home.file, key, home.fingerprint, limit)
                     if await running.process.wait() != 0:
@@ -229,7 +232,7 @@ class Homes:
     async def _restore(self, home: Home, key: bytes) -> None:
         read, write = os.pipe()
         with os.fdopen(read, "rb") as theirs, os.fdopen(write, "wb") as pipe:
-            async with self._helper(home, ["restore"], stdin=theirs.fileno()) as running:
+            async with self._helper(home, ARCHIVE, ["restore"], stdin=theirs.fileno()) as running:
                 theirs.close()
                 try:
                     await self._thread(_bring_back, home.file, pipe, key)
@@ -248,6 +251,14 @@ class Homes:
                         next_step="Ask the admin to raise home_mb, or wipe the home: cloister home wipe.",
                     )
 
+    async def at_home(self, user: str, operation: str) -> tuple[Sandboxed, Callable[[], Awaitable[None]]]:
+        """`homefiles` in the home of a user who has a kernel, with pipes, and how it is ended. Raises LayerError."""
+        pipe = asyncio.subprocess.PIPE
+        async with contextlib.AsyncExitStack() as stack:
+            helper = self._helper(self._homes[user], FILES, [operation], stdin=pipe, stdout=pipe)
+            running = await stack.enter_async_context(helper)
+            return running, stack.pop_all().aclose
+
     async def _thread(self, work: Callable[..., Any], *arguments: object) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
@@ -255,17 +266,18 @@ class Homes:
     async def _helper(
         self,
         home: Home,
+        program: str,
         arguments: list[str],
         *,
         stdin: int = asyncio.subprocess.DEVNULL,
         stdout: int = asyncio.subprocess.DEVNULL,
     ) -> AsyncIterator[Sandboxed]:
-        """`archive` in a sandbox and a cgroup of its own that shows nothing but one home. Ended with the context.
+        """A program in a sandbox and a cgroup of its own that shows nothing but one home. Ended with the context.
 
         Raises LayerError, and TimeoutError where it takes too long.
         """
         everything = [*self._confinement.view.readable, "/usr", "/etc", "/proc", "/dev"]
-        async with self._places, asyncio.timeout(HELPER_SECONDS):
+        async with self._places[program], asyncio.timeout(HELPER_SECONDS):
             # What is unpacked counts, too.
             cgroup = self._cgroups.make(secrets.token_hex(16), Limits(HELPER_BYTES + self._size, HELPER_PIDS, 1.0))
             running: Sandboxed | None = None
@@ -273,7 +285,7 @@ class Homes:
                 running = await self._confinement.start(
                     self.owner,
                     order={
-                        "program": "cloister_kernel.sandbox.archive",
+                        "program": program,
                         "arguments": arguments,
                         "readable": everything,
                         # Also to save: what is closed to its owner has to be opened.

@@ -51,12 +51,10 @@ def main() -> NoReturn:
         _refuse(control, error)
     except Exception as error:  # whatever it is, nothing may start
         _refuse(control, LayerError("lock-down", f"{type(error).__name__}: {error}.", check.REPORT))
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 2)  # it was open for words of failure up to here
-    os.close(null)
     _say(control, {"state": "locked"})
     if "program" in order:
         control.close()
+        _no_more_words()
         _run(order["program"], order["arguments"])
     _become_kernel(control, order)
 
@@ -75,6 +73,7 @@ def _become_kernel(control: socket.socket, order: dict[str, Any]) -> NoReturn:
     def wait_for_user() -> dict[str, str]:
         """Here a warm kernel waits. It belongs to nobody yet, and has no home and no guard."""
         _say(control, {"state": "ready"})
+        _no_more_words()
         message = control.recv(MAX_MESSAGE)
         control.close()
         if not message:
@@ -87,6 +86,13 @@ def _become_kernel(control: socket.socket, order: dict[str, Any]) -> NoReturn:
     except Exception:
         # Python's own way out would wait for sockets that nobody reads: a kernel that neither runs nor ends.
         os._exit(70)  # EX_SOFTWARE
+
+
+def _no_more_words() -> None:
+    """Standard error was open for the words of a failure; what a user's code says there would fill the disk."""
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 2)
+    os.close(null)
 
 
 def _import(names: tuple[str, ...]) -> None:
