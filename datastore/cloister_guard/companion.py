@@ -29,8 +29,8 @@ TROUBLE_SECONDS = 15.0
 """So long a kernel service may need to start before the log says that it isn't there."""
 RESTART_SECONDS = 1.0
 ANSWER_PAUSE_SECONDS = 0.02
-STOP_SECONDS = 15.0
-"""It ends its kernels, one beside the other, and lets their laptops know."""
+STOP_SECONDS = 120.0
+"""It ends its kernels, one beside the other, lets their laptops know, and saves the homes."""
 
 _UCRED = struct.Struct("3i")
 

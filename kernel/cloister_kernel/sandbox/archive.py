@@ -23,6 +23,9 @@ FINGERPRINT_BYTES = 64
 COMPLETE = b"complete\n"
 """The end of a stream that holds an archive."""
 
+CHANGED = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENXIO, errno.EINVAL)
+"""What an entry fails with that has become something else since it was looked at; the next save sees it."""
+
 
 def main(arguments: list[str]) -> int:
     if arguments[0] == "save":
@@ -57,22 +60,32 @@ class _Opened:
     """Files and directories whose owner may not read them: opened for as long as this is entered."""
 
     def __init__(self) -> None:
-        self._before: list[tuple[str, int]] = []
+        self._before: list[tuple[str, os.stat_result]] = []
 
     def __enter__(self) -> _Opened:
         return self
 
-    def open(self, path: str, mode: int) -> None:
-        """`mode` is its present one. Raises OSError."""
-        needed = 0o500 if stat.S_ISDIR(mode) else 0o400
-        if mode & needed != needed:
-            os.chmod(path, stat.S_IMODE(mode) | needed)
-            self._before.append((path, stat.S_IMODE(mode)))
+    def open(self, path: str, status: os.stat_result) -> None:
+        """`status` is its present one. Raises OSError."""
+        needed = 0o500 if stat.S_ISDIR(status.st_mode) else 0o400
+        if status.st_mode & needed != needed:
+            _set_mode(path, status, stat.S_IMODE(status.st_mode) | needed)
+            self._before.append((path, status))
 
     def __exit__(self, *_: object) -> None:
-        for path, mode in reversed(self._before):
+        for path, status in reversed(self._before):
             with suppress(OSError):
-                os.chmod(path, mode)
+                _set_mode(path, status, stat.S_IMODE(status.st_mode))
+
+
+def _set_mode(path: str, status: os.stat_result, mode: int) -> None:
+    """Of what `status` was found for: never of what lies there by now, nor of a link's target. Raises OSError."""
+    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if os.fstat(descriptor).st_ino == status.st_ino:
+            os.chmod(f"/proc/self/fd/{descriptor}", mode)
+    finally:
+        os.close(descriptor)
 
 
 def _entries(home: str, opened: _Opened) -> Iterator[tuple[str, os.stat_result]]:
@@ -81,7 +94,7 @@ def _entries(home: str, opened: _Opened) -> Iterator[tuple[str, os.stat_result]]
     while waiting:
         directory, own = waiting.pop()
         try:
-            opened.open(os.path.join(home, directory), own.st_mode)
+            opened.open(os.path.join(home, directory), own)
             names = os.listdir(os.path.join(home, directory))
         except OSError:
             continue
@@ -107,11 +120,8 @@ def _add_all(
                 continue
             limit -= status.st_size
             with suppress(OSError):
-                opened.open(os.path.join(home, path), status.st_mode)
-        try:
-            _add(archive, home, path, status, links)
-        except (FileNotFoundError, NotADirectoryError):
-            continue  # deleted meanwhile
+                opened.open(os.path.join(home, path), status)
+        _add(archive, home, path, status, links)
         archive.members = []  # type: ignore[attr-defined] # it would remember each
 
 
@@ -124,28 +134,46 @@ def _add(archive: tarfile.TarFile, home: str, path: str, status: os.stat_result,
         entry.type = tarfile.DIRTYPE
         archive.addfile(entry)
     elif stat.S_ISLNK(status.st_mode):
-        try:
-            entry.type, entry.linkname = tarfile.SYMTYPE, os.readlink(whole)
-        except OSError:
-            return  # it is something else meanwhile
-        archive.addfile(entry)
+        target = _target(whole)
+        if target is not None:
+            entry.type, entry.linkname = tarfile.SYMTYPE, target
+            archive.addfile(entry)
     elif status.st_ino in links:
         entry.type, entry.linkname = tarfile.LNKTYPE, links[status.st_ino]
         archive.addfile(entry)
     else:
-        # Never a pipe that took the file's place: opening it would wait forever.
-        try:
-            descriptor = os.open(whole, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError as error:
-            if error.errno in (errno.ELOOP, errno.ENXIO):
-                return  # it is a link or a socket meanwhile
-            raise
+        descriptor = _readable(whole)
+        if descriptor is None:
+            return
         with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                return
             entry.size = status.st_size
             archive.addfile(entry, _Exactly(file, entry.size))
         links[status.st_ino] = path
+
+
+def _target(link: str) -> str | None:
+    """None where it isn't a link any more."""
+    try:
+        return os.readlink(link)
+    except OSError as error:
+        if error.errno in CHANGED:
+            return None
+        raise
+
+
+def _readable(file: str) -> int | None:
+    """A descriptor; None where it isn't a file any more. Raises OSError."""
+    try:
+        # Never a pipe that took the file's place: opening it would wait forever.
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in CHANGED:
+            return None
+        raise
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 class _Exactly(io.RawIOBase):

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +111,11 @@ class Cell:
         return code
 
 
-def play(scene: Callable[[Stage], Awaitable[Any]], *, seconds: float = 120, **options: int) -> Any:
-    """Play a scene; what it returns. Raises AssertionError with what its process wrote."""
-    command = [sys.executable, "-m", __name__, scene.__module__, scene.__name__, json.dumps(options)]
+def play(
+    scene: Callable[[Stage], Awaitable[Any]], *, seconds: float = 120, before: Sequence[str] = (), **options: int
+) -> Any:
+    """Play a scene; what it returns. `before` starts its process. Raises AssertionError with what that wrote."""
+    command = [*before, sys.executable, "-m", __name__, scene.__module__, scene.__name__, json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])

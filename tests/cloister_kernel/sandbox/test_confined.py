@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from cloister_data.errors import UnavailableError
 from cloister_data.kernels import KernelLaunch
@@ -69,6 +70,7 @@ async def cycles(stage: Stage) -> dict[str, Any]:
     return {"before": before, "during": during, "after": traces(stage), "seconds": time.monotonic() - began}
 
 
+@pytest.mark.timeout(60 + 6 * CYCLES)
 def test_nothing_of_an_ended_kernel_is_left() -> None:
     found = play(cycles, seconds=60 + 6 * CYCLES)
     print(f"{CYCLES} cycles in {found['seconds']:.0f} s")

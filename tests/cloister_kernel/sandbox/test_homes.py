@@ -258,6 +258,59 @@ def test_a_save_that_fails_loses_nothing() -> None:
     }
 
 
+CHAOS = """
+import os, random, time
+os.makedirs("t/a")
+names = [f"t/x{i}" for i in range(30)] + [f"t/a/y{i}" for i in range(30)]
+choose, end, done = random.Random(1), time.time() + 3, 0
+def write(path):
+    descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NONBLOCK)
+    os.write(descriptor, bytes(choose.randrange(100_000)))
+    os.close(descriptor)
+def swap(path):
+    os.rename("t/a", "t/q")
+    os.symlink("/usr", "t/a")
+    os.unlink("t/a")
+    os.rename("t/q", "t/a")
+ways = [write, os.mkdir, os.mkfifo, os.unlink, os.rmdir, swap, lambda path: os.rename(path, choose.choice(names))]
+ways += [lambda path: os.symlink(choose.choice(["/", "..", "/proc/self/fd", "nowhere"]), path)]
+ways += [lambda path: os.path.islink(path) or os.chmod(path, choose.choice([0, 0o777, 0o4755]))]
+while time.time() < end:
+    try:
+        choose.choice(ways)(choose.choice(names))
+        done += 1
+    except OSError:
+        pass
+print(done > 100)
+"""
+LIST = """
+import subprocess
+command = "chmod -R u+rwX .; find . -type f -o -type l | sort"
+print(subprocess.run(["sh", "-c", command], capture_output=True, text=True).stdout)
+"""
+
+
+async def hostile(stage: Stage) -> dict[str, Any]:
+    logged: list[str] = []
+    stage.spawner.homes._log = lambda text, **_: logged.append(text)
+    async with stage.kernel() as cell:
+        changing = asyncio.create_task(cell.run(CHAOS))
+        saves = 0
+        while not changing.done():
+            await stage.spawner.save()
+            saves += 1
+        found: dict[str, Any] = {"changed": await changing, "several": saves > 1}
+        before = await cell.run(LIST)
+    await stage.idle()
+    async with stage.kernel() as cell:
+        after = await cell.run(LIST)
+    return found | {"same": after == before, "something": before.count("\n") > 3, "logged": logged}
+
+
+def test_a_home_that_changes_while_it_is_saved_keeps_nothing_from_being_saved() -> None:
+    assert play(hostile) == {"changed": "True\n", "several": True, "same": True, "something": True, "logged": []}
+
+
 def test_an_archive_that_breaks_off_or_is_too_long_replaces_nothing(tmp_path: Path) -> None:
     file, key = tmp_path / "x.home", bytes(32)
     head = b"0" * 64 + b"\n"
