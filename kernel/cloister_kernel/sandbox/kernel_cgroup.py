@@ -43,7 +43,8 @@ class KernelCgroup:
     def oom_kills(self) -> int:
         """How many processes Linux killed because memory ran out.
 
-        On v2 one such kill ends the whole kernel. On v1 it ends one process: who sees the number rise ends the rest.
+        On v2 one such kill ends the whole kernel. On v1 it ends one process: where that is the notebook's own, the
+        sandbox ends with it; where it is one that the notebook started, the notebook learns of it and goes on.
         """
         file = "memory.events" if self.unified else "memory.oom_control"
         return counter(self.directories["memory"] / file, "oom_kill")

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,19 @@ def test_each_ends_for_its_reason() -> None:
         "forked": True,
         "gone": [],
     }
+
+
+async def signalled(stage: Stage) -> str:
+    """As Ctrl-C, a closed terminal and a killed group reach every process of the service's."""
+    mounter = stage.spawner._mounter._pid
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        os.kill(mounter, number)
+    async with stage.kernel() as cell:
+        return await cell.run("import os; print(os.getcwd())")
+
+
+def test_the_process_that_mounts_stays_until_the_service_lets_it_go() -> None:
+    assert play(signalled) == "/home/cloister\n"
 
 
 ESCAPES = r"""
