@@ -24,7 +24,7 @@ from cloister_cli import demo_data, demo_report
 from cloister_cli.children import Served, serving, stopped_at_end, terminated_like_interrupted
 from cloister_cli.connect import connect_profile
 from cloister_cli.dataset import publish
-from cloister_cli.output import print_json, say
+from cloister_cli.output import note, print_json, say
 from cloister_cli.user import new_user
 from cloister_data.errors import ConfigurationError, StorageError
 from cloister_data.identity import UserView
@@ -121,6 +121,8 @@ def _run(place: Place, port: int, as_json: bool) -> None:
 
     started = time.monotonic()
     notebook = find_notebook()
+    if place.unsafe_no_sandbox:
+        note("KERNELS ARE NOT CONFINED (--unsafe-no-sandbox): for trying out only, never for real data.")
     _wipe(place)
     steps = demo_report.Steps(quiet=as_json)
     with _environment(place):

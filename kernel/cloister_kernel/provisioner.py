@@ -20,6 +20,7 @@ from cloister_kernel.courier import Courier
 from cloister_kernel.remote import RemoteKernel
 
 POLL_SECONDS = 0.05
+NOT_CONFINED = "Cloister: this kernel is not confined (--unsafe-no-sandbox): for trying out only, never for real data."
 KILLED = -9
 PORTS = ("shell_port", "iopub_port", "stdin_port", "hb_port", "control_port")
 
@@ -85,6 +86,8 @@ class CloisterProvisioner(KernelProvisionerBase):
         except BaseException:
             await asyncio.to_thread(_give_up, remote, bridge)
             raise
+        if remote.view is not None and remote.view.sandbox != "confined":
+            self.log.warning(NOT_CONFINED)
         self._remote, self._bridge, self._exit_code, self._launched = remote, bridge, None, True
         return self.connection_info
 
