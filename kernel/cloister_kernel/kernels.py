@@ -25,7 +25,7 @@ from cloister_data.kernels import (
 )
 from cloister_kernel.control import ControlClient
 from cloister_kernel.endings import Periods, ending
-from cloister_kernel.holdings import Holdings
+from cloister_kernel.holdings import RESERVED_BYTES, Holdings
 from cloister_kernel.idling import IdleRule
 from cloister_kernel.journal import log
 from cloister_kernel.limits import ABANDONED_SECONDS, Limits
@@ -34,10 +34,11 @@ from cloister_kernel.relay import KernelRelay
 from cloister_kernel.spawner import HomeOperation, HomeProcess, Spawner, Started
 from cloister_kernel.usage import Memory, ProcessMemory
 
-REMEMBER_SECONDS = 600.0
+REMEMBER_SECONDS = 24 * 3600.0
+REMEMBER_MUCH_SECONDS = 600.0
 """How long an ended kernel's last output and exit code wait for its laptop."""
 REMEMBER_KERNELS = 4
-LEASE_SECONDS = 12 * 3600.0
+LEASE_SECONDS = 72 * 3600.0
 """How long a kernel lives that no laptop is attached to."""
 IDLE_SECONDS = 24 * 3600.0
 GUARD_AWAY_SECONDS = 900.0
@@ -302,7 +303,7 @@ class KernelService:
             for kernel in list(self._kernels.values()):
                 if kernel.ended_at is None:
                     await self._look_after(kernel, now)
-                elif now - kernel.ended_at > REMEMBER_SECONDS:
+                elif now - kernel.ended_at > _remembered(kernel):
                     await self._forget(kernel)
             if now - self._saved_at > SAVE_SECONDS and (self._saving is None or self._saving.done()):
                 # Beside this loop: what a large or hostile home takes must keep no other kernel from its end.
@@ -340,6 +341,11 @@ class KernelService:
         if self._saving is not None:
             await self._saving
         await self._spawner.close()
+
+
+def _remembered(kernel: Kernel) -> float:
+    """For how many seconds an ended kernel is: not long, where it holds much of the memory that all share."""
+    return REMEMBER_SECONDS if kernel.relay.link.holding.held <= RESERVED_BYTES else REMEMBER_MUCH_SECONDS
 
 
 def remove_socket(path: Path) -> None:
