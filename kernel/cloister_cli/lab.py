@@ -14,7 +14,6 @@ from cloister_cli.choose import ProfileOption, open_chosen
 from cloister_cli.output import say
 from cloister_data.errors import ConfigurationError
 
-
 OUTPUT_LIMITS = ("iopub_data_rate_limit=200000000", "iopub_msg_rate_limit=100000")
 """Bytes and messages a second: the kernel service bounds what a kernel's output takes."""
 
@@ -53,7 +52,7 @@ def require_lab() -> None:
 def lab_command(directory: Path, *, browser: bool, open_file: str | None = None) -> list[str]:
     """JupyterLab over `directory`, by this Python."""
     command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={directory.resolve()}"]
-    # What was printed while the laptop was away comes at once when it is back; by default Jupyter would drop most of it.
+    # What was printed while the laptop was away comes at once when it is back; by default Jupyter drops most of that.
     command += [f"--ZMQChannelsWebsocketConnection.{limit}" for limit in OUTPUT_LIMITS]
     if not browser:
         command.append("--no-browser")

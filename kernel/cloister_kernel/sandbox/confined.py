@@ -103,7 +103,7 @@ class ConfinedSpawner:
 
     async def check(self) -> None:
         """Start one sandbox and end it. Raises ConfigurationError where a layer is missing."""
-        prepared = await self.prepare()
+        prepared = await self._locked(warm=False)
         kernel = self._kernels[prepared.kernel]
         try:
             if kernel.running.pid not in kernel.cgroup.pids():
@@ -119,6 +119,20 @@ class ConfinedSpawner:
             await self.discard(prepared)
 
     async def prepare(self, *, warm: bool = False) -> Prepared:
+        prepared = await self._locked(warm=warm)
+        kernel = self._kernels[prepared.kernel]
+        try:
+            report, _ = await receive(kernel.running.control, READY_SECONDS)
+            if report is None or report.state != "ready":
+                raise UnavailableError("The kernel ended before it was ready.")
+        except BaseException:
+            with contextlib.suppress(CloisterError):
+                await self._bury(kernel)
+            raise
+        return prepared
+
+    async def _locked(self, *, warm: bool) -> Prepared:
+        """A kernel whose layers hold, and that goes on to get ready. Raises CloisterError."""
         identifier = secrets.token_hex(16)
         uid = os.geteuid() if self._confinement.rootless else self._uids.take()
         prepared = Prepared(identifier, uid, warm)
@@ -132,9 +146,6 @@ class ConfinedSpawner:
             )
             self._kernels[identifier] = kernel
             await self._start(kernel)
-            report, _ = await receive(kernel.running.control, READY_SECONDS)
-            if report is None or report.state != "ready":
-                raise UnavailableError("The kernel ended before it was ready.")
         except BaseException as error:
             if kernel is None:
                 self._uids.give_back(uid)
