@@ -90,16 +90,15 @@ def _find(service_socket: Path) -> _Service | None:
             return None
 
 
-async def answering(service_socket: Path, supervising: asyncio.Task[object]) -> None:
-    """Wait until a kernel service listens there. Raises ConfigurationError where this machine can't run one."""
-    while not supervising.done():
+async def answering(service_socket: Path) -> None:
+    """Wait until a kernel service listens there."""
+    while True:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             try:
                 connection.connect(str(service_socket))
                 return
             except OSError:
                 await asyncio.sleep(ANSWER_PAUSE_SECONDS)
-    supervising.result()
 
 
 def _why(service_socket: Path) -> CloisterError:

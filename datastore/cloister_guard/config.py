@@ -181,7 +181,7 @@ class GuardConfig(Wire):
                 f"{len(os.fsencode(longest))}.",
                 next_step="Set runtime_dir to a short path, for example /run/cloister.",
             )
-        for path in (self.state_dir, self.runtime_dir):
+        for path in (self.state_dir, self.runtime_dir, self.homes):
             if path.exists() and path.stat().st_mode & 0o002:
                 raise ConfigurationError(
                     f"{path} is open to every user of this machine.",

@@ -114,12 +114,15 @@ async def _serve(
     watching = asyncio.create_task(guard.watch())
     ready = config.state_dir / "ready.json"
     try:
-        if companion is not None:
-            await answering(config.service_socket, supervising)
-        _say_ready(config, ready, listener.getsockname()[1])
         waiting = asyncio.create_task(stop.wait())
         parts = {waiting, serving, supervising, meeting, watching}
-        await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+        if companion is not None:
+            listening = asyncio.create_task(answering(config.service_socket))
+            await asyncio.wait({listening, *parts}, return_when=asyncio.FIRST_COMPLETED)
+            listening.cancel()
+        if not any(part.done() for part in parts):
+            _say_ready(config, ready, listener.getsockname()[1])
+            await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
         for forever in (meeting, watching):
             if forever.done():

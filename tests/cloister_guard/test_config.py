@@ -29,7 +29,7 @@ def test_defaults(tmp_path: Path) -> None:
     assert (config.host, config.port) == ("127.0.0.1", 8443)
     assert config.database_url == "sqlite:////var/lib/cloister/cloister.db"
     assert config.control_socket == Path("/run/cloister/control.sock")
-    assert config.homes == Path("/run/cloister/homes")
+    assert config.homes == Path("/var/lib/cloister-homes")
 
 
 def test_ipv6(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_the_state_directory_is_closed_to_others(tmp_path: Path) -> None:
         assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
         assert config.runtime_dir.stat().st_mode & 0o777 == 0o711
     finally:
-        for path in (config.homes, config.runtime_dir / "g", config.runtime_dir):
+        for path in (config.runtime_dir / "g", config.runtime_dir):
             path.rmdir()
 
 

@@ -71,7 +71,7 @@ def test_a_request_with_a_length_and_chunks_is_refused_and_what_follows_it_is_no
         )
         sockets = KernelSockets(guard)
         caller: Any = SimpleNamespace(user="ann")
-        path = await sockets.open("a", os.geteuid(), caller)
+        path = await sockets.open("a", os.geteuid(), caller, "0" * 32)
         answers = []
         for more in (b"content-length: 60\r\n", b""):
             reader, writer = await asyncio.open_unix_connection(path)
@@ -79,7 +79,7 @@ def test_a_request_with_a_length_and_chunks_is_refused_and_what_follows_it_is_no
             writer.write(head + b"0\r\n\r\n" + hidden.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
             answers.append(await asyncio.wait_for(reader.read(), 5))
             writer.close()
-        await sockets.close_all()
+        await sockets.close_all(remove=True)
         return answers[0], answers[1]
 
     with tempfile.TemporaryDirectory(prefix="clo-") as folder:

@@ -164,7 +164,7 @@ def test_kernels_outlive_a_guard_that_is_killed_under_load(place: RunningCloiste
             assert run(each.client, f"import os; token, pid = '{each.token}', os.getpid()")[0] == "ok"
         assert run(asker.client, PREPARE, timeout=60)[0] == "ok"
         service = service_of(place)
-        kernels = service.children()
+        kernels = [child for child in service.children() if child.name() == "bwrap"]  # the other one mounts
         assert len(kernels) == PRINTERS + 1
         directories = {path.name: path.stat().st_ino for path in (place.runtime / "g").iterdir()}
         for each in printers:
@@ -200,7 +200,7 @@ def test_kernels_outlive_a_guard_that_is_killed_under_load(place: RunningCloiste
         _, alive = psutil.wait_procs([service, *kernels], timeout=10)
         assert not alive
         assert not (place.runtime / "g").exists()
-        assert not list((place.runtime / "homes").iterdir())
+        assert not list((place.runtime / "h").iterdir())
 
 
 def test_a_kernel_service_apart_keeps_its_kernels_through_a_stop_of_the_guard() -> None:
@@ -233,5 +233,5 @@ def test_a_kernel_service_apart_keeps_its_kernels_through_a_stop_of_the_guard() 
                 message = notebook.client.get_iopub_msg(timeout=20)
                 if message["msg_type"] == "stream":
                     notebook.text += message["content"]["text"]
-            assert not list((place.runtime / "homes").iterdir())
+            assert not list((place.runtime / "h").iterdir())
         assert os.path.isdir(place.runtime / "g")
