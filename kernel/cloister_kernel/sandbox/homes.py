@@ -15,6 +15,7 @@ import errno
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -45,6 +46,8 @@ HEADERS_BYTES = 1 << 14
 HELPER_BYTES, HELPER_PIDS = 1 << 30, 16
 HELPERS = 4
 """How many homes are saved or restored at the same time; a slow one keeps nothing else waiting."""
+LINGER_SECONDS = 300.0
+"""How long a home stays in memory after its last kernel: a kernel that is restarted finds it there."""
 HELPER_SECONDS = 600.0
 """How long that may take."""
 _INFO = b"cloister/home/1\n"
@@ -61,6 +64,7 @@ class Home:
     file: Path
     key: bytes | None = None
     kernels: int = 0
+    left_at: float = 0.0  # monotonic: when its last kernel ended
     mounted: bool = False
     fingerprint: str = ""
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)  # mounted or dropped
@@ -103,8 +107,8 @@ class Homes:
         key = _key(home_key, user)
         async with home.changing:
             if home.mounted and home.key != key:
-                if home.kernels == 0 and home.key is None:
-                    await self._drop(home)  # its last kernel has just ended, and it isn't kept
+                if home.kernels == 0 and await self._saved(home):
+                    await self._drop(home)  # nobody uses it any more
                 else:
                     raise InvalidRequestError(
                         "Your kernels in this cloister have a home under another key.",
@@ -148,17 +152,19 @@ class Homes:
             home.path.rmdir()
 
     async def release(self, user: str) -> None:
-        """One kernel less. After the last one the home is saved, in the background, and leaves memory."""
+        """One kernel less. After the last one the home is saved, in the background; it leaves memory a little later."""
         home = self._homes[user]
         home.kernels -= 1
         if home.kernels == 0:
+            home.left_at = time.monotonic()
             self._in_background(self._leave(home))
 
-    async def _leave(self, home: Home) -> None:
+    async def _leave(self, home: Home, *, at_once: bool = False) -> None:
         # Where it can't be saved it stays in memory, and the next round tries again.
         if await self._saved(home):
             async with home.changing:
-                if home.kernels == 0 and home.mounted:
+                over = home.key is None or at_once or time.monotonic() - home.left_at >= LINGER_SECONDS
+                if home.kernels == 0 and home.mounted and over:
                     await self._drop(home)
 
     async def save_changed(self) -> None:
@@ -202,7 +208,7 @@ class Homes:
     async def close(self) -> None:
         """Save every home and let go of it. What can't be saved is lost, and logged."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.save_changed()
+        await asyncio.gather(*(self._leave(home, at_once=True) for home in self._homes.values() if home.mounted))
         for home in self._homes.values():
             with contextlib.suppress(OSError):
                 await self._drop(home)

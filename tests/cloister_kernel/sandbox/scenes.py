@@ -25,6 +25,7 @@ from jupyter_client.blocking.client import BlockingKernelClient
 
 from cloister_data.framing import Channel
 from cloister_data.kernels import KernelLaunch
+from cloister_kernel.sandbox import homes
 from cloister_kernel.sandbox.cgroups import Limits
 from cloister_kernel.sandbox.confined import ConfinedSpawner
 from cloister_kernel.spawner import Prepared, Started
@@ -124,6 +125,8 @@ def play(
 def main(module: str, name: str, options: str) -> None:
     chosen = {"memory": 1024, "home": 64, "tmp": 64, "pids": 256} | json.loads(options)
     runtime = Path(tempfile.mkdtemp(prefix="cl-"))
+    # What a home holds after its last kernel is what was kept of it on disk.
+    homes.LINGER_SECONDS = 0.0
     try:
         spawner = ConfinedSpawner.open(
             runtime,

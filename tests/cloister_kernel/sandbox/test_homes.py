@@ -212,6 +212,35 @@ def test_kernels_share_a_home_that_is_bounded_and_saved_while_they_run() -> None
     }
 
 
+async def lingering(stage: Stage) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    homes.LINGER_SECONDS = 3600.0
+    async with stage.kernel() as cell:
+        await cell.run("open('here', 'w').write('1'); import socket; socket.socket(socket.AF_UNIX).bind('not-kept')")
+    await stage.idle()
+    found["in memory"] = len(os.listdir(stage.runtime / "h"))
+    async with stage.kernel() as cell:
+        found["as it was"] = await cell.run("import os; print(sorted(os.listdir('.')))")
+    await stage.idle()
+    found["another key"] = await refused(stage.start(key=OTHER_KEY))
+    homes.LINGER_SECONDS = 0.0
+    async with stage.kernel() as cell:
+        found["from disk"] = await cell.run("import os; print(sorted(os.listdir('.')))")
+    await stage.idle()
+    found["in the end"] = len(os.listdir(stage.runtime / "h"))
+    return found
+
+
+def test_a_home_waits_in_memory_for_the_next_kernel_a_while() -> None:
+    assert play(lingering) == {
+        "in memory": 1,
+        "as it was": "['here', 'not-kept']\n",
+        "another key": "InvalidRequestError",
+        "from disk": "['here']\n",
+        "in the end": 0,
+    }
+
+
 async def failing(stage: Stage) -> dict[str, Any]:
     found: dict[str, Any] = {}
     logged: list[str] = []
