@@ -119,17 +119,23 @@ class ConfinedSpawner:
             await self.discard(prepared)
 
     async def prepare(self, *, warm: bool = False) -> Prepared:
+        """A cold one may still be getting ready when this returns: `assign` waits for that beside the rest."""
         prepared = await self._locked(warm=warm)
-        kernel = self._kernels[prepared.kernel]
-        try:
-            report, _ = await receive(kernel.running.control, READY_SECONDS)
-            if report is None or report.state != "ready":
-                raise UnavailableError("The kernel ended before it was ready.")
-        except BaseException:
-            with contextlib.suppress(CloisterError):
-                await self._bury(kernel)
-            raise
+        if warm:
+            kernel = self._kernels[prepared.kernel]
+            try:
+                await self._until_ready(kernel)
+            except BaseException:
+                with contextlib.suppress(CloisterError):
+                    await self._bury(kernel)
+                raise
         return prepared
+
+    async def _until_ready(self, kernel: _Kernel) -> None:
+        """Raises UnavailableError."""
+        report, _ = await receive(kernel.running.control, READY_SECONDS)
+        if report is None or report.state != "ready":
+            raise UnavailableError("The kernel ended before it was ready.")
 
     async def _locked(self, *, warm: bool) -> Prepared:
         """A kernel whose layers hold, and that goes on to get ready. Raises CloisterError."""
@@ -207,6 +213,8 @@ class ConfinedSpawner:
             home = await self.homes.acquire(user, launch.home_key)
             kernel.holds_home = True
             await self._attach(kernel, home)
+            if not prepared.warm:
+                await self._until_ready(kernel)
             message = json.dumps({"environment": environment}).encode()
             await asyncio.get_running_loop().sock_sendall(kernel.running.control, message)
         except BaseException as error:
