@@ -66,12 +66,12 @@ def _run(name: str, arguments: list[str]) -> NoReturn:
 
 
 def _become_kernel(control: socket.socket, order: dict[str, Any]) -> NoReturn:
-    if order["warm"]:
-        _import(WARM)
     from cloister_kernel.notebook import run_for_user
 
     def wait_for_user() -> dict[str, str]:
         """Here a warm kernel waits. It belongs to nobody yet, and has no home and no guard."""
+        if order["warm"]:
+            _import(WARM)  # with a shell that is there already, or matplotlib wouldn't show its plots
         _say(control, {"state": "ready"})
         _no_more_words()
         message = control.recv(MAX_MESSAGE)

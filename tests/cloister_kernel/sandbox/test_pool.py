@@ -89,9 +89,11 @@ async def imports(stage: Stage) -> str:
     text = await cell.run(
         "import sys; print([name in sys.modules for name in ('torch', 'pandas', 'cloister', 'sqlalchemy')])"
     )
+    # What was imported before there was a notebook shows its plots in it all the same.
+    text += await cell.run("import matplotlib.pyplot as plt; _ = plt.plot([1, 2])")
     await cell.end()
     return text
 
 
-def test_a_warm_kernel_has_the_usual_imports_done() -> None:
-    assert play(imports) == "[True, True, True, False]\n"
+def test_a_warm_kernel_has_the_usual_imports_done_and_shows_plots() -> None:
+    assert play(imports) == "[True, True, True, False]\n<Figure size 640x480 with 1 Axes>"
