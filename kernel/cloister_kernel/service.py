@@ -1,6 +1,6 @@
 """The kernel service of the confidential VM, as a process: starts kernels when the guard asks, carries their channels.
 
-`python -m cloister_kernel.service --socket S --control C --homes DIR --runtime DIR [--hide DIR]...`
+`python -m cloister_kernel.service --socket S --control C --vault DIR --runtime DIR [--hide DIR]...`
 
 It outlives the guard: a guard that stops without a word leaves the kernels as they are, and the next one gets them
 again. Where none comes for `--guard-away` seconds, the service ends its kernels and itself.
